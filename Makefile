@@ -1,0 +1,50 @@
+# Everything runs in .venv, which is set up on first use and again when the locks or pyproject.toml change.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SET_UP := .venv/.set-up
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help set-up run test test-all lint format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+
+set-up: $(SET_UP) ## make .venv from requirements-dev.txt and install the project into it, editable
+
+$(SET_UP): requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: $(SET_UP) ## run the whole pipeline on the embedded digits
+	$(BIN)/python pipeline/run.py quickstart
+
+test: $(SET_UP) ## run the tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-all: $(SET_UP) ## run all tests
+	$(BIN)/python -m pytest -m ""
+
+lint: $(SET_UP) ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(SET_UP) ## mend style and format in place
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Keeps the versions that the locks have where pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
+# Indexes and options of the machine that makes the locks stay out of them.
+lock: export CUSTOM_COMPILE_COMMAND = make lock
+lock: COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --all-build-deps \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options $(UPGRADE)
+lock: $(SET_UP) ## resolve pyproject.toml anew into requirements.txt and requirements-dev.txt
+	$(COMPILE) --output-file requirements.txt pyproject.toml
+	$(COMPILE) --output-file requirements-dev.txt --extra dev --constraint requirements.txt pyproject.toml
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

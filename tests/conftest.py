@@ -1,0 +1,83 @@
+"""What tests share: a hermetic environment, one small Ray cluster, the CIFAR-100 archive where there is one."""
+
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any test imports Keras, Ray or MLflow; processes that tests start inherit it.
+SESSION = secrets.token_hex(16)
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    DO_NOT_TRACK="true",
+    KERAS_BACKEND="tensorflow",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    PERCEIVER_TEST_SESSION=SESSION,
+    RAY_AUTH_TOKEN=secrets.token_hex(16),  # otherwise ray.init() writes one to the home directory
+    RAY_USAGE_STATS_ENABLED="0",
+    TF_CPP_MIN_LOG_LEVEL="2",
+)
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
+    os.environ.pop(name, None)  # a test must not write to the user's server or start work in the user's cluster
+
+CIFAR100_SHA256 = "0e3f37122b9147361d823b7b16f3a4015b4371d0fd7630f6e8019ff716bf3b1d"
+
+
+def processes_of_this_session() -> dict[int, str]:
+    """Process id and command line of all that descend from this process, even where their parents are gone."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = f"PERCEIVER_TEST_SESSION={SESSION}".encode() in (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # ended meanwhile, or another user's
+            continue
+        # A zombie has no command line; the resource tracker of multiprocessing ends with this process.
+        if ours and command and "resource_tracker" not in command and int(process.name) != os.getpid():
+            found[int(process.name)] = command
+    return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fails the session if a process that a test started outlives it, and ends that process."""
+    yield
+    deadline = time.monotonic() + 15  # Ray's processes take a moment to see that their raylet is gone
+    while (left := processes_of_this_session()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes outlived the tests:\n" + "\n".join(f"{pid} {command}" for pid, command in left.items())
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray cluster with 2 CPUs."""
+    import ray
+
+    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
+    folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cifar100_archive(pytestconfig: pytest.Config) -> tuple[Path, str]:
+    """Path and SHA-256 of a CIFAR-100 archive: `$CIFAR100_ARCHIVE`, or the copy beside the checkout."""
+    beside = pytestconfig.rootpath.parent / "shared" / "data" / "cifar-100-python.tar.gz"
+    path = Path(os.environ.get("CIFAR100_ARCHIVE", beside))
+    if not path.is_file():
+        pytest.skip(f"no CIFAR-100 archive at {path}: set CIFAR100_ARCHIVE to one")
+    if path == beside:
+        return path, CIFAR100_SHA256
+    with path.open("rb") as file:
+        return path, hashlib.file_digest(file, "sha256").hexdigest()
