@@ -1,0 +1,141 @@
+"""Multi-head attention whose keys and values can be had apart from the rest.
+
+So a cross-attend which several iterations share computes them once an image, not once an iteration. Shapes: B images,
+N latents, M inputs, H heads, D the width of a latent, C the width of a row of the data array.
+"""
+
+import math
+from typing import Any
+
+import keras
+from keras import KerasTensor as Tensor
+from keras import layers, ops
+
+from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
+
+Shape = tuple[Any, ...]  # numbers, None where one is not known
+
+
+@keras.saving.register_keras_serializable(package="perceiver")
+class MultiHeadAttention(keras.layers.Layer):
+    """softmax(s Q K^T) V, heads side by side, then a linear layer.
+
+    The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it goes on Q, the smallest of the three. The softmax runs
+    in float32 whatever the compute dtype.
+
+    Args:
+        num_heads: heads H.
+        qk_dim: width of queries and keys, all heads together.
+        v_dim: width of the values, all heads together.
+        output_dim: width of the output projection; None: no projection, so that the result is `v_dim` wide.
+        scale: "inverse_sqrt" or "learned".
+        dropout: rate on the attention weights.
+        chunk_size: keys held at once, as an online softmax; None: all of them.
+        seed: of the dropout masks; None draws one.
+
+    Call: rows (B or 1, N, D) and data (B, M, C) -> (B, N, output_dim). With `keys_values`, which the method of that
+    name returns, data may be None. `attention_mask` is boolean, (B, M) or (B, N, M), true where a row may attend; a
+    row that may attend nowhere gets zeros. With `return_weights` the result is a pair, the second part of which is
+    the attention weights (B, H, N, M).
+
+    Example:
+        >>> attention = MultiHeadAttention(num_heads=2, qk_dim=8, v_dim=8, output_dim=4)
+        >>> attention(np.ones((1, 3, 4)), np.ones((5, 7, 6))).shape
+        (5, 3, 4)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        output_dim: int | None,
+        scale: str = "inverse_sqrt",
+        dropout: float = 0.0,
+        chunk_size: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.qk_dim = qk_dim
+        self.v_dim = v_dim
+        self.output_dim = output_dim
+        self.scale = scale
+        self.dropout = dropout
+        self.chunk_size = chunk_size
+        self.seed = seed
+
+    def build(self, rows_shape: Shape, data_shape: Shape) -> None:
+        self.query = layers.Dense(self.qk_dim, name="query", dtype=self.dtype_policy)
+        self.query.build(rows_shape)
+        self.key = layers.Dense(self.qk_dim, name="key", dtype=self.dtype_policy)
+        self.key.build(data_shape)
+        self.value = layers.Dense(self.v_dim, name="value", dtype=self.dtype_policy)
+        self.value.build(data_shape)
+        if self.output_dim is not None:
+            self.output_projection = layers.Dense(self.output_dim, name="output_projection", dtype=self.dtype_policy)
+            self.output_projection.build((*rows_shape[:-1], self.v_dim))
+        if self.scale == "learned":
+            self.factor = self.add_weight(shape=(), initializer="ones", name="factor")
+        self.weights_dropout = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
+
+    def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, C) -> keys (B, H, M, qk_dim / H) and values (B, H, M, v_dim / H)."""
+        return _split_heads(self.key(data), self.num_heads), _split_heads(self.value(data), self.num_heads)
+
+    def call(
+        self,
+        rows: Tensor,
+        data: Tensor | None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        training: bool | None = None,
+        return_weights: bool = False,
+    ) -> Any:
+        keys, values = self.keys_values(data) if keys_values is None else keys_values
+        factor = self.factor if self.scale == "learned" else 1 / math.sqrt(self.qk_dim // self.num_heads)
+        queries = _split_heads(self.query(rows) * factor, self.num_heads)
+        mask = attention_mask
+        if mask is not None:  # (B, 1, 1 or N, M)
+            mask = mask[:, None, None, :] if len(mask.shape) == 2 else mask[:, None]
+        weights = None
+        if self.chunk_size is not None and not return_weights:
+            outputs = chunked_attention(queries, keys, values, mask, self.chunk_size)
+        else:
+            weights = attention_weights(attention_logits(queries, keys, mask), mask)
+            weights = ops.cast(weights, self.compute_dtype)
+            outputs = ops.matmul(self.weights_dropout(weights, training=training), values)
+        outputs = _merge_heads(outputs)
+        if self.output_dim is not None:
+            outputs = self.output_projection(outputs)
+        return (outputs, weights) if return_weights else outputs
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "qk_dim": self.qk_dim,
+            "v_dim": self.v_dim,
+            "output_dim": self.output_dim,
+            "scale": self.scale,
+            "dropout": self.dropout,
+            "chunk_size": self.chunk_size,
+            "seed": self.seed,
+        }
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H d) -> (B, H, N, d)"""
+    rows, width = x.shape[1:]
+    if num_heads == 1:
+        return ops.expand_dims(x, 1)
+    return ops.transpose(ops.reshape(x, (-1, rows, num_heads, width // num_heads)), (0, 2, 1, 3))
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, d) -> (B, N, H d)"""
+    heads, rows, width = x.shape[1:]
+    if heads == 1:
+        return ops.squeeze(x, 1)
+    return ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, rows, heads * width))

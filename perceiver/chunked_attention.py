@@ -1,0 +1,108 @@
+"""Attention over very many inputs in bounded memory: an online softmax over chunks of keys and values.
+
+The softmax is Milakov and Gimelshein's (arXiv:1805.02867), its use in attention Rabe and Staats' (arXiv:2112.05682).
+No tensor of N x M is ever held: the backward pass computes the weights of each chunk again, from the log-sum-exp.
+"""
+
+from typing import Any
+
+from keras import KerasTensor as Tensor
+from keras import ops
+
+_MASKED = -1e9  # finite, so that a row that may attend nowhere has no NaN
+
+
+def attention_logits(queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Q K^T (B, H, N, M) in float32, far below all others where the boolean mask forbids to attend."""
+    logits = ops.cast(ops.matmul(queries, _transpose(keys)), "float32")
+    return logits if mask is None else ops.where(mask, logits, _MASKED)
+
+
+def attention_weights(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax of the logits, 0 where the mask forbids to attend, so all 0 in a row that may attend nowhere."""
+    # Keras warns of a softmax over one entry.
+    weights = ops.softmax(logits) if logits.shape[-1] > 1 else ops.exp(ops.log_softmax(logits))
+    return weights if mask is None else ops.where(mask, weights, 0.0)
+
+
+def chunked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, chunk_size: int) -> Tensor:
+    """softmax(Q K^T) V, `chunk_size` keys at a time; the scale is already on Q.
+
+    Args:
+        queries: (B or 1, H, N, d).
+        keys: (B, H, M, d).
+        values: (B, H, M, e).
+        mask: boolean (B, 1, 1 or N, M), true where a row may attend, or None.
+        chunk_size: keys held at once; M need not be a multiple of it.
+
+    Returns:
+        (B, H, N, e) in the dtype of the values.
+    """
+    batch, num_keys = ops.shape(keys)[0], keys.shape[2]
+    starts = range(0, num_keys, chunk_size)
+    queries = ops.broadcast_to(queries, (batch, *queries.shape[1:]))
+
+    def rows_of(x: Tensor, start: int, after: Tensor | None) -> Tensor:
+        """Rows of one chunk, cut only once `after` is known.
+
+        Without that TensorFlow's executor starts all chunks at once, and holds them all. A gather, since XLA takes
+        minutes over a slice whose start depends on the data.
+        """
+        whole = num_keys // chunk_size
+        if after is None or start // chunk_size == whole:
+            return x[:, :, start : start + chunk_size]
+        x = ops.reshape(x[:, :, : whole * chunk_size], (-1, x.shape[1], whole, chunk_size, x.shape[3]))
+        nothing = ops.cast(ops.min(ops.square(after)) < 0, "int32")
+        return ops.take(x, start // chunk_size + nothing, axis=2)
+
+    def mask_of(start: int) -> Tensor | None:
+        return None if mask is None else mask[..., start : start + chunk_size]
+
+    @ops.custom_gradient
+    def attention(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Any]:
+        outputs, total = None, None
+        totals: list[Tensor] = []
+        # `total` is the log-sum-exp of the logits so far
+        for start in starts:
+            logits = attention_logits(queries, rows_of(keys, start, outputs), mask_of(start))
+            weights = attention_weights(logits, mask_of(start))
+            # The largest weight is exp(largest logit - log-sum-exp): cheaper than another pass of exponentials.
+            largest_weight = ops.maximum(ops.max(weights, axis=-1, keepdims=True), 1e-30)
+            totals.append(ops.max(logits, axis=-1, keepdims=True) - ops.log(largest_weight))
+            products = ops.matmul(ops.cast(weights, values.dtype), rows_of(values, start, outputs))
+            products = ops.cast(products, "float32")
+            if outputs is None:
+                outputs, total = products, totals[-1]
+            else:
+                before, total = total, ops.logaddexp(total, totals[-1])
+                outputs = ops.exp(before - total) * outputs + ops.exp(totals[-1] - total) * products
+        outputs = ops.cast(outputs, values.dtype)
+
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+            d_outputs = ops.cast(args[0] if upstream is None else upstream, "float32")
+            # The gradient of a softmax needs sum_j P_ij dP_ij: the product of the output and its gradient.
+            mean = ops.sum(d_outputs * ops.cast(outputs, "float32"), axis=-1, keepdims=True)
+            d_queries = None
+            d_keys, d_values = [], []
+            for start, chunk_total in zip(starts, totals, strict=True):
+                chunk_keys = rows_of(keys, start, d_queries)
+                weights = attention_weights(attention_logits(queries, chunk_keys, mask_of(start)), mask_of(start))
+                # The chunk's share of the whole softmax goes on the gradient, which is smaller than the weights.
+                share = ops.exp(chunk_total - total)
+                upstream_share = ops.cast(share * d_outputs, values.dtype)
+                d_values.append(ops.matmul(_transpose(ops.cast(weights, values.dtype)), upstream_share))
+                d_weights = ops.matmul(upstream_share, _transpose(rows_of(values, start, d_queries)))
+                d_logits = weights * (ops.cast(d_weights, "float32") - share * mean)
+                d_logits = ops.cast(d_logits, keys.dtype)
+                d_keys.append(ops.matmul(_transpose(d_logits), queries))
+                products = ops.cast(ops.matmul(d_logits, chunk_keys), "float32")
+                d_queries = products if d_queries is None else d_queries + products
+            return ops.cast(d_queries, queries.dtype), ops.concatenate(d_keys, 2), ops.concatenate(d_values, 2)
+
+        return outputs, gradient
+
+    return attention(queries, keys, values)
+
+
+def _transpose(x: Tensor) -> Tensor:
+    return ops.swapaxes(x, -2, -1)

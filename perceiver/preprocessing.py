@@ -1,0 +1,170 @@
+"""From uint8 images to the rows of the data array, on the device: normalise, resize, then pixels, patches or a stem.
+
+Images cross the wire as uint8; casting, normalising and resizing happen here, in the variables' precision (float32
+under mixed precision), and only what the stem gets is in the compute precision.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import KerasTensor as Tensor
+from keras import layers, ops
+
+Shape = tuple[Any, ...]  # numbers, None where one is not known
+
+
+@keras.saving.register_keras_serializable(package="perceiver")
+class ImageNormalization(keras.layers.Layer):
+    """Scales images with values in 0..255 by the mean and standard deviation of each channel, and resizes them.
+
+    Args:
+        mean: of each channel, for values in 0..1; None: 0.5.
+        std: of each channel, for values in 0..1; None: 0.5.
+        size: height and width of the result (bilinear); None keeps them.
+
+    Call: (B, H, W, channels), uint8 or floating -> (B, height, width, channels) in the compute dtype.
+
+    Example:
+        >>> ImageNormalization(size=(16, 16))(np.zeros((1, 8, 8, 3), "uint8")).shape
+        (1, 16, 16, 3)
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.mean = None if mean is None else tuple(mean)
+        self.std = None if std is None else tuple(std)
+        self.size = None if size is None else tuple(size)
+
+    def build(self, input_shape: Shape) -> None:
+        half = np.full(input_shape[-1], 0.5)
+        mean = half if self.mean is None else np.array(self.mean)
+        std = half if self.std is None else np.array(self.std)
+        self.factor = (1 / (255 * std)).astype("float32")
+        self.shift = (-mean / std).astype("float32")
+
+    def call(self, images: Tensor) -> Tensor:
+        x = ops.cast(images, self.variable_dtype) * self.factor + self.shift
+        if self.size is not None and self.size != tuple(images.shape[1:3]):
+            x = ops.image.resize(x, self.size, interpolation="bilinear", data_format="channels_last")
+        return ops.cast(x, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return tuple(input_shape) if self.size is None else (input_shape[0], *self.size, input_shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "mean": self.mean, "std": self.std, "size": self.size}
+
+
+@keras.saving.register_keras_serializable(package="perceiver")
+class PatchStem(keras.layers.Layer):
+    """Cuts images into square patches, a row of the data array each, and projects them.
+
+    Args:
+        patch_size: side of a patch in pixels; 1 makes every pixel a row.
+        units: width of the projection; None leaves patches as they are.
+
+    Call: (B, H, W, channels) -> (B, H W / patch_size**2, units or patch_size**2 * channels).
+
+    Example:
+        >>> PatchStem(4, units=32)(np.zeros((1, 8, 8, 3))).shape
+        (1, 4, 32)
+    """
+
+    def __init__(self, patch_size: int = 1, units: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.units = units
+
+    def build(self, input_shape: Shape) -> None:
+        if self.units is not None:
+            self.projection = layers.Dense(self.units, name="projection", dtype=self.dtype_policy)
+            self.projection.build((None, None, self.patch_size**2 * input_shape[-1]))
+
+    def call(self, images: Tensor) -> Tensor:
+        height, width, channels = images.shape[1:]
+        p = self.patch_size
+        x = images
+        if p > 1:
+            x = ops.reshape(x, (-1, height // p, p, width // p, p, channels))
+            x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
+        x = ops.reshape(x, (-1, (height // p) * (width // p), p * p * channels))
+        return x if self.units is None else self.projection(x)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        batch, height, width, channels = input_shape
+        rows = (height // self.patch_size) * (width // self.patch_size)
+        return batch, rows, self.patch_size**2 * channels if self.units is None else self.units
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "patch_size": self.patch_size, "units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="perceiver")
+class ConvStem(keras.layers.Layer):
+    """3 x 3 convolutions, each followed by a 2 x 2 max-pooling and a ReLU; a cell of the last map is a row.
+
+    ReLU comes after the pooling, with which it commutes: a quarter of the work.
+
+    Args:
+        num_layers: convolutions; each halves both sides.
+        channels: of every convolution but the last.
+        units: channels of the last; None: `channels`.
+
+    Call: (B, H, W, channels) -> (B, H W / 4**num_layers, units).
+
+    Example:
+        >>> ConvStem(2, 8, units=32)(np.zeros((1, 8, 8, 3))).shape
+        (1, 4, 32)
+    """
+
+    def __init__(self, num_layers: int = 2, channels: int = 64, units: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_layers = num_layers
+        self.channels = channels
+        self.units = units
+
+    def build(self, input_shape: Shape) -> None:
+        widths = [self.channels] * (self.num_layers - 1) + [self.units or self.channels]
+        self.convolutions = []
+        width = input_shape[-1]
+        for i, filters in enumerate(widths):
+            convolution = layers.Conv2D(
+                filters,
+                3,
+                padding="same",
+                data_format="channels_last",
+                kernel_initializer="he_normal",
+                name=f"convolution_{i}",
+                dtype=self.dtype_policy,
+            )
+            convolution.build((None, None, None, width))
+            self.convolutions.append(convolution)
+            width = filters
+
+    def call(self, images: Tensor) -> Tensor:
+        x = images
+        for convolution in self.convolutions:
+            x = ops.max_pool(convolution(x), 2, strides=2, data_format="channels_last")
+            x = ops.relu(x)
+        return ops.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        batch, height, width, _ = input_shape
+        cell = 2**self.num_layers
+        return batch, (height // cell) * (width // cell), self.units or self.channels
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_layers": self.num_layers,
+            "channels": self.channels,
+            "units": self.units,
+        }

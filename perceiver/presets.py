@@ -1,0 +1,129 @@
+"""Named shapes: a function each, whose docstring says what it is and what it costs."""
+
+from dataclasses import replace
+
+from perceiver.config import PerceiverConfig
+
+
+def quickstart() -> PerceiverConfig:
+    """scikit-learn's digits, 8 x 8 x 1: 16 cells of a convolutional stem, 8 latents, all weights shared.
+
+    70,026 parameters, 1.1 MMAC an image. 30 epochs of AdamW (3e-3, cosine, batch 64) take under 30 s on one core and
+    give 0.97 top-1 on 360 test images.
+    """
+    return PerceiverConfig(
+        image_shape=(8, 8, 1),
+        num_classes=10,
+        num_conv_layers=1,
+        data_dim=64,
+        num_latents=8,
+        latent_dim=64,
+        num_self_attention_blocks=1,
+        num_cross_attention_heads=2,
+        cross_attention_widening_factor=2,
+        self_attention_widening_factor=2,
+        share_first_cross_attention=True,
+        dropout=0.2,
+        use_final_layer_norm=True,
+    )
+
+
+def cifar100() -> PerceiverConfig:
+    """CIFAR-100 from 32 x 32 pixels: 64 cells of a convolutional stem, 32 latents, all weights shared.
+
+    498,788 parameters, 47.9 MMAC an image.
+    """
+    return PerceiverConfig(
+        num_cross_attention_heads=4,
+        cross_attention_widening_factor=2,
+        self_attention_widening_factor=2,
+        share_first_cross_attention=True,
+        use_final_layer_norm=True,
+    )
+
+
+def keras_example() -> PerceiverConfig:
+    """The published Keras example: its sizes and its function, so that others can be compared with it.
+
+    9,697,637 parameters, 7,217.4 MMAC an image (7,351.7 in the example, which computes keys and
+    values in each iteration).
+    """
+    return PerceiverConfig(
+        resize_to=64,
+        stem="patches",
+        patch_size=2,
+        data_dim=256,
+        num_latents=256,
+        latent_dim=256,
+        num_iterations=2,
+        num_self_attention_blocks=4,
+        num_cross_attention_heads=1,
+        num_self_attention_heads=8,
+        self_attention_qk_dim=2048,
+        share_first_cross_attention=True,
+        dropout=0.2,
+        attention_dropout=0.1,
+        dropout_after_attention=False,
+        head_hidden_dim=256,
+        logits_dropout=0.2,
+        residual="normalised",
+        cross_attention_scale="learned",
+        cross_attention_output_projection=False,
+        layer_norm_epsilon=1e-6,
+        init_std=0.05,
+    )
+
+
+def keras_example_fixed() -> PerceiverConfig:
+    """The size of the published Keras example with its defects mended.
+
+    Pixels as they are instead of 2 x 2 patches of an upsampled image (1,024 inputs all the same), heads of 32 instead
+    of 256, scaled logits, skips that carry their input, an output projection, no dropout on the logits.
+
+    2,400,100 parameters, 1,611.5 MMAC an image.
+    """
+    return replace(
+        keras_example(),
+        resize_to=None,
+        stem="pixels",
+        num_cross_attention_heads=8,
+        self_attention_qk_dim=None,
+        attention_dropout=0.0,
+        dropout_after_attention=True,
+        logits_dropout=0.0,
+        residual="input",
+        cross_attention_scale="inverse_sqrt",
+        cross_attention_output_projection=True,
+        use_final_layer_norm=True,
+        layer_norm_epsilon=1e-5,
+        init_std=0.02,
+    )
+
+
+def paper_imagenet() -> PerceiverConfig:
+    """The paper's best ImageNet model: 8 cross-attends, 6 self-attends after each, the first cross-attend unshared.
+
+    44,912,254 parameters, 312,123.1 MMAC an image.
+    """
+    return PerceiverConfig(
+        image_shape=(224, 224, 3),
+        num_classes=1000,
+        stem="pixels",
+        data_dim=None,
+        position_encoding="fourier",
+        position_combination="concat",
+        num_fourier_bands=64,
+        num_latents=512,
+        latent_dim=1024,
+        num_iterations=8,
+        num_self_attention_blocks=6,
+        num_self_attention_heads=8,
+    )
+
+
+def perceiver_io_imagenet() -> PerceiverConfig:
+    """Perceiver IO on ImageNet with Fourier features: one cross-attend, then 8 times 6 self-attends, a query head.
+
+    48,440,627 parameters, 203,062.4 MMAC an image.
+    """
+    return replace(paper_imagenet(), num_iterations=1, num_self_attention_repeats=8, head="query")

@@ -1,0 +1,118 @@
+"""The published Keras example (Khalid Salama, 2021), sizes as arguments, and its weights in ours.
+
+Function for function its code, less the augmentation, which is no part of the model; `patcher`, which it never makes,
+is made here.
+"""
+
+from collections.abc import Sequence
+
+import keras
+from keras import activations, layers, ops
+
+
+def create_ffn(hidden_units: Sequence[int], dropout_rate: float) -> keras.Sequential:
+    ffn_layers = [layers.Dense(units, activation=activations.gelu) for units in hidden_units[:-1]]
+    return keras.Sequential([*ffn_layers, layers.Dense(units=hidden_units[-1]), layers.Dropout(dropout_rate)])
+
+
+class Patches(layers.Layer):
+    def __init__(self, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+
+    def call(self, images: keras.KerasTensor) -> keras.KerasTensor:
+        size = (self.patch_size, self.patch_size)
+        patches = ops.image.extract_patches(images, size=size, strides=size, dilation_rate=1, padding="valid")
+        return ops.reshape(patches, [ops.shape(images)[0], -1, patches.shape[-1]])
+
+
+class PatchEncoder(layers.Layer):
+    def __init__(self, num_patches: int, projection_dim: int) -> None:
+        super().__init__()
+        self.num_patches = num_patches
+        self.projection = layers.Dense(units=projection_dim)
+        self.position_embedding = layers.Embedding(input_dim=num_patches, output_dim=projection_dim)
+
+    def call(self, patches: keras.KerasTensor) -> keras.KerasTensor:
+        positions = ops.arange(start=0, stop=self.num_patches, step=1)
+        return self.projection(patches) + self.position_embedding(positions)
+
+
+def create_cross_attention_module(
+    latent_dim: int, data_dim: int, projection_dim: int, ffn_units: Sequence[int], dropout_rate: float
+) -> keras.Model:
+    inputs = {
+        "latent_array": layers.Input(shape=(latent_dim, projection_dim), name="latent_array"),
+        "data_array": layers.Input(shape=(data_dim, projection_dim), name="data_array"),
+    }
+    latent_array = layers.LayerNormalization(epsilon=1e-6)(inputs["latent_array"])
+    data_array = layers.LayerNormalization(epsilon=1e-6)(inputs["data_array"])
+    query = layers.Dense(units=projection_dim)(latent_array)
+    key = layers.Dense(units=projection_dim)(data_array)
+    value = layers.Dense(units=projection_dim)(data_array)
+    attention_output = layers.Attention(use_scale=True, dropout=0.1)([query, key, value])
+    attention_output = layers.Add()([attention_output, latent_array])
+    attention_output = layers.LayerNormalization(epsilon=1e-6)(attention_output)
+    outputs = create_ffn(ffn_units, dropout_rate)(attention_output)
+    return keras.Model(inputs=inputs, outputs=layers.Add()([outputs, attention_output]))
+
+
+def create_transformer_module(
+    latent_dim: int,
+    projection_dim: int,
+    num_heads: int,
+    num_transformer_blocks: int,
+    ffn_units: Sequence[int],
+    dropout_rate: float,
+) -> keras.Model:
+    inputs = layers.Input(shape=(latent_dim, projection_dim))
+    x0 = inputs
+    for _ in range(num_transformer_blocks):
+        x1 = layers.LayerNormalization(epsilon=1e-6)(x0)
+        attention = layers.MultiHeadAttention(num_heads=num_heads, key_dim=projection_dim, dropout=0.1)
+        x2 = layers.Add()([attention(x1, x1), x0])
+        x3 = layers.LayerNormalization(epsilon=1e-6)(x2)
+        x3 = create_ffn(ffn_units, dropout_rate)(x3)
+        x0 = layers.Add()([x3, x2])
+    return keras.Model(inputs=inputs, outputs=x0)
+
+
+class PublishedPerceiver(keras.Model):
+    """Takes images that are normalised and resized; the parts are made in the order in which it runs them."""
+
+    def __init__(
+        self,
+        patch_size: int,
+        data_dim: int,
+        latent_dim: int,
+        projection_dim: int,
+        num_heads: int,
+        num_transformer_blocks: int,
+        ffn_units: Sequence[int],
+        dropout_rate: float,
+        num_iterations: int,
+        classifier_units: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.num_iterations = num_iterations
+        self.latent_array = self.add_weight(
+            shape=(latent_dim, projection_dim), initializer="random_normal", trainable=True
+        )
+        self.patcher = Patches(patch_size)
+        self.patch_encoder = PatchEncoder(data_dim, projection_dim)
+        self.cross_attention = create_cross_attention_module(
+            latent_dim, data_dim, projection_dim, ffn_units, dropout_rate
+        )
+        self.transformer = create_transformer_module(
+            latent_dim, projection_dim, num_heads, num_transformer_blocks, ffn_units, dropout_rate
+        )
+        self.global_average_pooling = layers.GlobalAveragePooling1D()
+        self.classification_head = create_ffn(classifier_units, dropout_rate)
+
+    def call(self, images: keras.KerasTensor) -> keras.KerasTensor:
+        encoded_patches = self.patch_encoder(self.patcher(images))
+        latent_array = ops.expand_dims(self.latent_array, 0)
+        for _ in range(self.num_iterations):
+            inputs = {"latent_array": latent_array, "data_array": encoded_patches}
+            latent_array = self.transformer(self.cross_attention(inputs))
+        return self.classification_head(self.global_average_pooling(latent_array))

@@ -1,0 +1,162 @@
+"""Attention and the two blocks against NumPy; chunks, masks, recomputation, dropout seeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import numpy_perceiver as reference
+import pytest
+import tensorflow as tf
+from layer_checks import check_layer
+
+from perceiver.attention import MultiHeadAttention
+from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
+
+_RANDOM = np.random.default_rng(0)
+_LATENTS = _RANDOM.normal(size=(2, 5, 8)).astype("float32")
+_DATA = _RANDOM.normal(size=(2, 13, 6)).astype("float32")
+_KEY_MASK = _RANDOM.random((2, 13)) < 0.5
+_PAIR_MASK = _RANDOM.random((2, 5, 13)) < 0.5
+
+
+def weights_of(layer: keras.layers.Layer, seed: int = 1) -> dict[str, np.ndarray]:
+    """Gives a built layer weights that are all different (no zero biases), and returns them by their paths."""
+    random = np.random.default_rng(seed)
+    layer.set_weights([random.normal(size=w.shape, scale=0.3).astype("float32") for w in layer.weights])
+    return {w.path: w.numpy().astype("float64") for w in layer.weights}
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+@pytest.mark.parametrize("mask", [None, _KEY_MASK, _PAIR_MASK])
+def test_cross_attend_is_that_of_numpy(num_heads: int, mask: np.ndarray | None) -> None:
+    block = CrossAttentionBlock(num_heads, qk_dim=4, v_dim=10, widening_factor=3, name="block")
+    block.build(_LATENTS.shape, _DATA.shape)
+    weights = weights_of(block)
+    outputs, maps = block(_LATENTS, _DATA, attention_mask=mask, return_weights=True)
+    np.testing.assert_allclose(block(_LATENTS, _DATA, attention_mask=mask), outputs, atol=1e-6)
+    for i in range(2):
+        image_mask = None if mask is None else np.broadcast_to(mask[i], (5, 13))
+        expected, expected_maps = reference.cross_attend(weights, "block", _LATENTS[i], _DATA[i], num_heads, image_mask)
+        np.testing.assert_allclose(outputs[i], expected, atol=1e-5)
+        np.testing.assert_allclose(maps[i], expected_maps, atol=1e-5)
+
+
+def test_self_attend_is_that_of_numpy() -> None:
+    block = SelfAttentionBlock(2, widening_factor=2, name="block")
+    block.build(_LATENTS.shape)
+    weights = weights_of(block)
+    for latents, outputs in zip(_LATENTS, block(_LATENTS), strict=True):
+        np.testing.assert_allclose(outputs, reference.self_attend(weights, "block", latents, 2), atol=1e-5)
+
+
+def test_latents_of_a_batch_of_one_serve_all_images() -> None:
+    block = CrossAttentionBlock(2)
+    repeated = block(np.repeat(_LATENTS[:1], 2, axis=0), _DATA)
+    np.testing.assert_allclose(block(_LATENTS[:1], _DATA), repeated, atol=1e-6)
+
+
+def test_keys_and_values_may_be_computed_before() -> None:
+    block = CrossAttentionBlock(2)
+    expected = block(_LATENTS, _DATA)
+    np.testing.assert_allclose(block(_LATENTS, None, block.keys_values(_DATA)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "mask", "mode"),
+    [(size, mask, "eager") for size in (1, 4, 13, 50) for mask in (None, _KEY_MASK, _PAIR_MASK)]
+    + [(4, None, "graph"), (4, _PAIR_MASK, "graph")],
+)
+def test_chunks_change_neither_values_nor_gradients(chunk_size: int, mask: np.ndarray | None, mode: str) -> None:
+    plain = MultiHeadAttention(2, 8, 4, 6)
+    chunked = MultiHeadAttention.from_config({**plain.get_config(), "chunk_size": chunk_size})
+    for layer in (plain, chunked):
+        layer.build(_LATENTS.shape, _DATA.shape)
+        weights_of(layer)
+    chunked_call = chunked if mode == "eager" else tf.function(chunked)
+    for latents in (_LATENTS, _LATENTS[:1]):
+        expectations = _values_and_gradients(plain, plain, latents, mask)
+        results = _values_and_gradients(chunked_call, chunked, latents, mask)
+        for expected, result in zip(expectations, results, strict=True):
+            np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def _values_and_gradients(
+    function: Callable, layer: keras.layers.Layer, latents: np.ndarray, mask: np.ndarray | None
+) -> list[np.ndarray]:
+    inputs = [tf.constant(latents), tf.constant(_DATA)]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = function(*inputs, attention_mask=None if mask is None else tf.constant(mask))
+        loss = tf.reduce_sum(tf.sin(outputs))
+    gradients = tape.gradient(loss, [*inputs, *(v.value for v in layer.trainable_variables)])
+    return [np.asarray(x) for x in (outputs, *gradients)]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_row_that_may_attend_nowhere_gets_zeros(chunk_size: int | None) -> None:
+    layer = MultiHeadAttention(2, 8, 4, None, chunk_size=chunk_size)
+    outputs = layer(_LATENTS, _DATA, attention_mask=np.zeros((2, 13), bool))
+    np.testing.assert_array_equal(outputs, np.zeros((2, 5, 4)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_large_logits_stay_finite_in_half_precision(policy: str) -> None:
+    for chunk_size in (None, 4):
+        layer = MultiHeadAttention(1, 8, 8, 8, chunk_size=chunk_size, dtype=policy)
+        outputs = layer(100 * _LATENTS, 100 * _DATA, attention_mask=_KEY_MASK)
+        assert np.isfinite(tf.cast(outputs, "float32")).all()
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_remat_changes_neither_values_nor_gradients(mode: str) -> None:
+    results = []
+    for remat in (False, True):
+        keras.utils.set_random_seed(0)
+        block = CrossAttentionBlock(2, remat=remat, dropout=0.5, seed=3)
+        after = SelfAttentionBlock(2, remat=remat, dropout=0.5, seed=9)
+
+        def step(latents: tf.Tensor, block: CrossAttentionBlock = block, after: SelfAttentionBlock = after) -> list:
+            with tf.GradientTape() as tape:
+                x = after(block(latents, _DATA, attention_mask=_KEY_MASK, training=True), training=True)
+                loss = tf.reduce_sum(tf.sin(x))
+            variables = [v.value for v in block.trainable_variables + after.trainable_variables]
+            return [x, *tape.gradient(loss, variables)]
+
+        block.build(_LATENTS.shape, _DATA.shape)
+        after.build(_LATENTS.shape)
+        call = step if mode == "eager" else tf.function(step)
+        results.append(call(tf.constant(_LATENTS)))
+    for expected, result in zip(*results, strict=True):
+        np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_follows_its_seed() -> None:
+    def run(seed: int) -> np.ndarray:
+        keras.utils.set_random_seed(0)
+        block = CrossAttentionBlock(2, dropout=0.3, attention_dropout=0.3, seed=seed)
+        return np.asarray(block(_LATENTS, _DATA, training=True))
+
+    np.testing.assert_array_equal(run(1), run(1))
+    assert not np.allclose(run(1), run(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (lambda: MultiHeadAttention(2, 8, 4, 6, name="layer"), (_LATENTS, _DATA)),
+        (lambda: MultiHeadAttention(1, 8, 8, None, "learned", chunk_size=5, seed=1, name="layer"), (_LATENTS, _DATA)),
+        (lambda: MLP(3, approximate_gelu=True, name="layer"), (_LATENTS,)),
+        (lambda: SelfAttentionBlock(2, 4, 8, widening_factor=2, remat=True, name="layer"), (_LATENTS,)),
+        (lambda: CrossAttentionBlock(2, 8, 4, chunk_size=4, name="layer"), (_LATENTS, _DATA)),
+        (
+            lambda: CrossAttentionBlock(
+                v_dim=8, scale="learned", residual="normalised", use_output_projection=False, name="layer"
+            ),
+            (_LATENTS, _DATA),
+        ),
+    ],
+    ids=["attention", "attention without projection", "mlp", "self", "cross", "cross of the Keras example"],
+)
+def test_layers(make: Callable, inputs: tuple[np.ndarray, ...], tmp_path: Path) -> None:
+    check_layer(make, inputs, tmp_path)
