@@ -1,0 +1,409 @@
+"""All settings of a run as frozen dataclasses, the presets, and the way from a command line to one of them.
+
+Imports neither TensorFlow nor Ray: `--help` and a bad value answer at once.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from perceiver import presets as model_presets
+from perceiver.config import PerceiverConfig
+from pipeline.datasets import SOURCES, check_archive
+from tune.config import SearchConfig
+
+TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register"]
+# How a run is carried out, not what comes out of it: such fields are no part of a task's key.
+EXECUTION = {"keyed": False}
+TRACKING_STORES = ("http://", "https://", "databricks", "sqlite:///", "postgresql", "mysql", "mssql")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where the images come from and how their rows are divided."""
+
+    source: Literal["cifar100", "cifar10", "digits"] = "cifar100"
+    """Data set; `digits` is embedded in scikit-learn and needs no download."""
+    archive: str | None = field(default=None, metadata=EXECUTION)
+    """Local copy of the official .tar.gz; None downloads it. Needs `sha256`."""
+    sha256: str | None = None
+    """SHA-256 of `archive` in hex; a download is checked against that of the official archive."""
+    validation_fraction: float = 0.1
+    """Share of the training rows of each class that is kept for validation."""
+    test_fraction: float = 0.2
+    """Share of the rows of each class that is kept for the test, where the source has no test split (`digits`)."""
+    num_shards: int = 16
+    """Parquet shards of the training rows."""
+    seed: int = 0
+    """Seed of the splits and of the order of rows in the shards."""
+
+    def __post_init__(self) -> None:
+        for name in ("validation_fraction", "test_fraction"):
+            _require(0 < getattr(self, name) < 1, f"data.{name}", getattr(self, name), "give a share between 0 and 1")
+        _require(1 <= self.num_shards <= 1000, "data.num_shards", self.num_shards, "give 1 to 1000")
+        _require(0 <= self.seed < 2**31, "data.seed", self.seed, "give a number in [0, 2**31)")
+
+
+@dataclass(frozen=True)
+class ModelConfig(PerceiverConfig):
+    """`PerceiverConfig` with the fields that the data decides taken off the command line."""
+
+    image_shape: tyro.conf.Fixed[tuple[int, int, int]] = (32, 32, 3)
+    num_classes: tyro.conf.Fixed[int] = 100
+    pixel_mean: tyro.conf.Fixed[tuple[float, ...] | None] = None
+    pixel_std: tyro.conf.Fixed[tuple[float, ...] | None] = None
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained; sizes are global, so they do not change with the number of workers."""
+
+    num_workers: int = field(default=2, metadata=EXECUTION)
+    """Data-parallel workers; each trains on its share of every global batch."""
+    cpus_per_worker: float = field(default=1.0, metadata=EXECUTION)
+    """CPUs of a worker, may be a fraction; its threads follow from it."""
+    use_gpu: bool = field(default=False, metadata=EXECUTION)
+    """Give every worker a GPU (NCCL instead of ring all-reduce); not measured on the authors' machines."""
+    max_failures: int = field(default=3, metadata=EXECUTION)
+    """How often workers that died are started again from the last checkpoint before the run fails."""
+    epochs: int = 10
+    """Passes over the training rows."""
+    global_batch_size: int = 128
+    """Rows of a step over all workers; `num_workers` must divide it."""
+    optimizer: Literal["adam", "adamw", "lamb", "sgd"] = "adamw"
+    """Optimizer; `sgd` has a momentum of 0.9."""
+    learning_rate: float = 2e-3
+    """Highest learning rate."""
+    learning_rate_schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    """Cosine decay to zero over `epochs`; or division by 5 when the validation loss stalls; or constant."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up before the cosine decay."""
+    plateau_patience: int = 3
+    """Epochs without improvement before the `plateau` schedule lowers the learning rate."""
+    early_stopping_patience: int = 15
+    """Epochs without improvement of the validation loss before training stops; the best weights are kept."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of kernels (adamw, lamb, sgd; no biases, scales, latents or positions)."""
+    label_smoothing: float = 0.0
+    """Share of the target given to all classes alike."""
+    random_crop_padding: int = 4
+    """Pixels by which a training image is shifted at most in each direction; 0 turns it off."""
+    random_flip: bool = True
+    """Mirror training images left to right at random."""
+    random_zoom: float = 0.0
+    """Largest relative zoom of training images in height and in width; 0 turns it off."""
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
+    """Keras dtype policy."""
+    seed: int = 0
+    """Seed of the initial weights, the order of rows, the augmentation and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "epochs", "global_batch_size", "plateau_patience", "early_stopping_patience"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give at least 1")
+        for name in ("max_failures", "random_crop_padding"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "give 0 or more")
+        _require(0 <= self.seed < 2**31, "train.seed", self.seed, "give a number in [0, 2**31)")
+        _require(0 < self.learning_rate < math.inf, "train.learning_rate", self.learning_rate, "give a positive number")
+        cpus = self.cpus_per_worker
+        _require(0.001 <= cpus < math.inf, "train.cpus_per_worker", cpus, "give at least 0.001")
+        for name in ("weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"train.{name}", value, "give 0 or more")
+        for name in ("label_smoothing", "random_zoom"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "give 0 or more, below 1")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(
+                f"train.weight_decay = {self.weight_decay} does nothing with train.optimizer = adam: take adamw, or "
+                "give --train.weight-decay 0"
+            )
+        if self.global_batch_size % self.num_workers:
+            nearest = max(self.num_workers, round(self.global_batch_size / self.num_workers) * self.num_workers)
+            raise ValueError(
+                f"train.global_batch_size = {self.global_batch_size} cannot be divided among train.num_workers = "
+                f"{self.num_workers}: take {nearest}, or a number of workers that divides it"
+            )
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow records runs and models."""
+
+    uri: str | None = None
+    """MLflow tracking URI; None: an SQLite file inside the storage folder."""
+    experiment: str = "perceiver"
+    """MLflow experiment of the runs."""
+    model_name: str = "perceiver"
+    """Name of the registered model."""
+    alias: str = "champion"
+    """Alias given to the version that a run registers."""
+
+    def __post_init__(self) -> None:
+        remedy = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
+        _require(self.uri is None or self.uri.startswith(TRACKING_STORES), "tracking.uri", self.uri, remedy)
+        # MLflow would refuse them too, but not before there is a model to register.
+        _require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "give a name")
+        remedy = "give a name that starts with a letter or digit, without / and :"
+        _require(bool(re.fullmatch(r"\w[^/:]*", self.model_name)), "tracking.model_name", self.model_name, remedy)
+        remedy = "give a name of letters, digits, _ and -, but not `latest` nor that of a version like v1"
+        named = re.fullmatch(r"(?!latest$|v[0-9]+$)[\w-]+", self.alias, re.IGNORECASE)
+        _require(bool(named), "tracking.alias", self.alias, remedy)
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything that a run depends on."""
+
+    data: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: str = "./runs"
+    """Folder, or URI that pyarrow.fs takes, for all that a run makes."""
+
+    def __post_init__(self) -> None:
+        source = SOURCES[self.data.source]
+        if source.image_shape != self.model.image_shape or source.num_classes != self.model.num_classes:
+            raise ValueError(
+                f"model.image_shape = {self.model.image_shape} and model.num_classes = {self.model.num_classes} do not "
+                f"belong to data.source = {source.name}: build the configuration with config.with_source"
+            )
+        if self.train.random_flip and not source.flips:
+            raise ValueError(
+                f"train.random_flip = True, but mirrored images of data.source = {source.name} are of no class: "
+                "give --train.no-random-flip"
+            )
+        rows = source.train_rows if source.test_rows else round(source.train_rows * (1 - self.data.test_fraction))
+        rows = round(rows * (1 - self.data.validation_fraction))
+        if self.train.global_batch_size > rows:
+            raise ValueError(
+                f"train.global_batch_size = {self.train.global_batch_size} is more than the about {rows} training rows "
+                f"of data.source = {source.name}: lower it"
+            )
+        if "://" in self.storage and not self.storage.startswith("file://") and self.tracking.uri is None:
+            raise ValueError(
+                f"storage = {self.storage!r} is no local folder, so the runs need a server: give --tracking.uri"
+            )
+
+    def trial_models(self) -> list[ModelConfig]:
+        """Every model that the search may sample.
+
+        Raises:
+            ValueError: if one of them cannot be built.
+        """
+        if not self.search.num_trials:
+            return []
+        try:
+            return [
+                replace(self.model, num_latents=latents, num_self_attention_heads=heads, num_iterations=iterations)
+                for latents in self.search.num_latents
+                for heads in self.search.num_self_attention_heads
+                for iterations in self.search.num_iterations
+            ]
+        except ValueError as error:
+            raise ValueError(f"the search space holds a model that cannot be built: {error}") from error
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking URI with the default filled in."""
+        return self.tracking.uri or f"sqlite:///{os.path.abspath(self.storage.removeprefix('file://'))}/mlflow.db"
+
+    @property
+    def artifact_location(self) -> str | None:
+        """Folder of MLflow's artifacts, beside an SQLite store; else None: the server decides."""
+        scheme, _, file = self.tracking_uri.partition(":///")
+        return f"{os.path.dirname(os.path.abspath(file))}/mlartifacts" if scheme == "sqlite" else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run: what to compute, and how much of it."""
+
+    config: Annotated[PipelineConfig, tyro.conf.arg(name="")] = field(default_factory=PipelineConfig)
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the configuration, the tasks, their keys and their resources; start nothing."""
+    until: TaskName | None = None
+    """Stop after this task."""
+    force: tuple[TaskName, ...] = ()
+    """Run these tasks, and all that follow from them, although they are done."""
+    summary_json: str | None = None
+    """Write the summary to this file as JSON."""
+
+
+def quickstart() -> PipelineConfig:
+    """Handwritten digits embedded in scikit-learn (1,797 images of 8 x 8): the whole pipeline in a few minutes.
+
+    python pipeline/run.py quickstart
+    """
+    return _preset(
+        "digits",
+        model_presets.quickstart(),
+        search=SearchConfig(num_trials=4, epochs=6, num_latents=(8, 16), num_iterations=(1, 2)),
+        train=TrainingConfig(
+            epochs=30,
+            global_batch_size=64,
+            learning_rate=3e-3,
+            warmup_epochs=5.0,
+            weight_decay=0.01,
+            random_crop_padding=0,
+            random_flip=False,
+        ),
+    )
+
+
+def cifar100() -> PipelineConfig:
+    """CIFAR-100 with a small convolutional stem, 64 tokens and 32 latents; the search is off, the recipe is fixed.
+
+    python pipeline/run.py cifar100
+    """
+    return _preset(
+        "cifar100",
+        model_presets.cifar100(),
+        search=SearchConfig(num_trials=0),
+        train=TrainingConfig(epochs=8, label_smoothing=0.1),
+    )
+
+
+def keras_example() -> PipelineConfig:
+    """The settings of the published Keras example (53% top-1 after 40 epochs on a V100), as they are.
+
+    python pipeline/run.py keras_example
+    """
+    return _preset(
+        "cifar100",
+        model_presets.keras_example(),
+        search=SearchConfig(num_trials=0),
+        train=TrainingConfig(
+            epochs=50,
+            global_batch_size=64,
+            optimizer="adam",
+            learning_rate=1e-3,
+            learning_rate_schedule="plateau",
+            weight_decay=0.0,
+            random_crop_padding=0,
+            random_zoom=0.2,
+        ),
+    )
+
+
+PRESETS = {"cifar100": cifar100, "keras_example": keras_example, "quickstart": quickstart}
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Options]:
+    """Preset name and options of a command line without the program's name.
+
+    Ends the process with code 2 and one message where an option cannot be used, with 0 after `--help`.
+
+    Raises:
+        ValueError: if options cannot be used together, or the archive cannot be used.
+    """
+    args = list(argv)
+    preset = args.pop(0) if args and not args[0].startswith("-") else "cifar100"
+    if preset not in PRESETS:
+        raise ValueError(f"preset = {preset!r} does not exist: give one of {', '.join(PRESETS)}")
+    given = {arg.split("=", 1)[0].lstrip("-").replace("-", "_"): arg for arg in args if arg.startswith("--")}
+    default = PRESETS[preset]()
+    # The shape of the images decides which models are valid, so the source is settled before anything is validated.
+    source = _value_of("data.source", args)
+    if source is not None and source in SOURCES:
+        default = with_source(default, source)
+    options = tyro.cli(
+        Options,
+        prog="run.py [PRESET]",
+        description=f"Runs the pipeline. PRESET is one of {', '.join(PRESETS)}; default cifar100.",
+        default=Options(config=default),
+        args=args,
+        config=(tyro.conf.SuppressFixed,),
+    )
+    config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
+    config.trial_models()
+    check_archive(config.data)
+    if options.summary_json and not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.summary_json))):
+        raise ValueError(f"summary-json = {options.summary_json!r}: there is no folder {folder}: make it")
+    return preset, replace(options, config=config)
+
+
+def with_source(config: PipelineConfig, source: str) -> PipelineConfig:
+    """`config` on another data source, with its image shape and classes, and without flips where they make no sense."""
+    info = SOURCES[source]
+    return replace(
+        config,
+        data=replace(config.data, source=info.name),  # type: ignore[arg-type]  # a key of SOURCES
+        model=replace(config.model, image_shape=info.image_shape, num_classes=info.num_classes),
+        train=replace(config.train, random_flip=config.train.random_flip and info.flips),
+    )
+
+
+def keyed(section: Any) -> dict[str, Any]:
+    """The fields of a section that decide what comes out of a task."""
+    return {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("keyed", True)}
+
+
+def flatten(config: PipelineConfig) -> dict[str, Any]:
+    """`{"train.learning_rate": 0.002, ...}`."""
+    flat: dict[str, Any] = {}
+    for name, section in asdict(config).items():
+        flat |= (
+            {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
+        )
+    return flat
+
+
+def _with_absolute_paths(config: PipelineConfig) -> PipelineConfig:
+    """`config` for tasks that may run in another folder."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
+    data, tracking, storage = config.data, config.tracking, config.storage
+    if data.archive is not None:
+        data = replace(data, archive=absolute(data.archive))
+    if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
+        tracking = replace(tracking, uri=f"sqlite:///{absolute(tracking.uri.removeprefix('sqlite:///'))}")
+    if "://" not in storage:
+        storage = absolute(storage)
+    return replace(config, data=data, tracking=tracking, storage=storage)
+
+
+def _preset(source: str, model: PerceiverConfig, **sections: Any) -> PipelineConfig:
+    return PipelineConfig(data=DatasetConfig(source=source), model=ModelConfig(**asdict(model)), **sections)  # type: ignore[arg-type]
+
+
+def _value_of(name: str, args: Sequence[str]) -> str | None:
+    """The value that `args` give to `--name VALUE` or `--name=VALUE`, the last one where there are several."""
+    value = None
+    for arg, following in zip(args, [*args[1:], None], strict=False):  # one more where there are none
+        option, equals, attached = arg.partition("=")
+        if option.startswith("--") and option[2:].replace("-", "_") == name:
+            value = attached if equals else following
+    return value
+
+
+def _fix_given(config: PipelineConfig, given: dict[str, str]) -> SearchConfig:
+    """Narrows each searched dimension whose field was given on the command line to that one value."""
+    search = config.search
+    for name, value in (
+        ("model.num_latents", (config.model.num_latents,)),
+        ("model.num_self_attention_heads", (config.model.num_self_attention_heads,)),
+        ("model.num_iterations", (config.model.num_iterations,)),
+        ("train.learning_rate", (config.train.learning_rate,) * 2),
+    ):
+        dimension = name.split(".")[1]
+        if name not in given:
+            continue
+        if f"search.{dimension}" in given:
+            raise ValueError(
+                f"{given[name]} fixes what {given[f'search.{dimension}']} would search: give one of the two"
+            )
+        search = replace(search, **{dimension: value})  # type: ignore[arg-type]
+    return search
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {remedy}")

@@ -1,0 +1,63 @@
+"""Loss, optimizer and learning-rate schedule that a `TrainingConfig` names."""
+
+import keras
+from keras import ops
+
+from pipeline.config import TrainingConfig
+
+SGD_MOMENTUM = 0.9
+PLATEAU_FACTOR = 0.2
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Softmax cross-entropy of integer labels (B,) and logits (B, K) with label smoothing (Szegedy et al., 2016).
+
+    Keras smooths one-hot labels only, but top-k accuracies are wanted on integer ones.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, name: str = "cross_entropy", **kwargs: object) -> None:
+        super().__init__(name=name, **kwargs)
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true, y_pred):  # type: ignore[no-untyped-def]
+        num_classes = y_pred.shape[-1]
+        targets = ops.one_hot(ops.cast(ops.reshape(y_true, (-1,)), "int32"), num_classes, dtype=y_pred.dtype)
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_classes
+        return ops.categorical_crossentropy(targets, y_pred, from_logits=True)
+
+    def get_config(self) -> dict[str, object]:
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+
+
+def learning_rate(
+    config: TrainingConfig, steps_per_epoch: int
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """The learning rate, or its schedule over the steps of the whole training."""
+    if config.learning_rate_schedule != "cosine":
+        return config.learning_rate
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup else config.learning_rate,
+        decay_steps=total - warmup,
+        warmup_target=config.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+
+
+def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """The optimizer; weight decay, where it has one, acts on kernels only (Loshchilov & Hutter, 2019)."""
+    rate = learning_rate(config, steps_per_epoch)
+    decay = config.weight_decay or None
+    if config.optimizer == "adam":
+        return keras.optimizers.Adam(rate)
+    if config.optimizer == "sgd":
+        made = keras.optimizers.SGD(rate, momentum=SGD_MOMENTUM, weight_decay=decay)
+    elif config.optimizer == "lamb":
+        made = keras.optimizers.Lamb(rate, weight_decay=decay)
+    else:
+        made = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
+    if made.weight_decay:
+        made.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if v.name != "kernel"])
+    return made

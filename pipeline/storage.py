@@ -1,0 +1,107 @@
+"""A folder or an object store as one small interface, over `pyarrow.fs`.
+
+Paths are relative to the storage root, with forward slashes. A store is known by its URI, so it can be pickled and
+opened again in another process.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+
+class Storage:
+    """The root below which a pipeline keeps what it makes.
+
+    Args:
+        uri: a folder (`./runs`, made when first written to) or a URI that `pyarrow.fs` takes (`s3://bucket/prefix`).
+
+    Raises:
+        ValueError: if pyarrow knows no file system for the URI.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.is_local = "://" not in uri or uri.startswith("file://")
+        try:
+            if self.is_local:
+                path = uri.removeprefix("file://")
+                self.filesystem: pafs.FileSystem = pafs.LocalFileSystem()
+                self.root = os.path.abspath(os.path.expanduser(path))
+                self.uri = self.root
+            else:
+                self.filesystem, root = pafs.FileSystem.from_uri(uri)
+                self.root = root.rstrip("/")
+                self.uri = uri.rstrip("/")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"storage = {uri!r}: {error}; give a folder or a URI that pyarrow.fs takes") from error
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        return Storage, (self.uri,)
+
+    @staticmethod
+    def join(*parts: str) -> str:
+        return "/".join(part.strip("/") for part in parts if part)
+
+    def absolute(self, path: str) -> str:
+        """The URI (or, of a folder, the absolute path) of `path`, for libraries that take one."""
+        root, mark, options = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        return f"{root.rstrip('/')}/{path}{mark}{options}" if path else self.uri
+
+    def fs_path(self, path: str) -> str:
+        """`path` as `self.filesystem` knows it."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def exists(self, path: str) -> bool:
+        return self.filesystem.get_file_info(self.fs_path(path)).type != pafs.FileType.NotFound
+
+    def list(self, path: str) -> list[str]:
+        """Names of the direct children of `path`, sorted; empty if there is no such folder."""
+        selector = pafs.FileSelector(self.fs_path(path), allow_not_found=True)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.filesystem.open_input_stream(self.fs_path(path)) as stream:
+            return stream.read()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Writes the whole file or nothing: an object appears once complete, a local file is renamed into place."""
+        target = self.fs_path(path)
+        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+        written = f"{target}.{uuid.uuid4().hex}.tmp" if self.is_local else target
+        with self.filesystem.open_output_stream(written) as stream:
+            stream.write(data)
+        if self.is_local:
+            os.replace(written, target)
+
+    def read_json(self, path: str) -> Any:
+        return json.loads(self.read_bytes(path))
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write_bytes(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+    def delete(self, path: str) -> None:
+        """Removes a file or a tree; one that is not there is no error."""
+        info = self.filesystem.get_file_info(self.fs_path(path))
+        if info.type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def upload(self, local: str | Path, path: str) -> None:
+        """Copies a local file or tree to `path`."""
+        self._copy(pafs.LocalFileSystem(), os.path.abspath(local), self.filesystem, self.fs_path(path))
+
+    def download(self, path: str, local: str | Path) -> None:
+        """Copies the file or tree at `path` to `local`."""
+        self._copy(self.filesystem, self.fs_path(path), pafs.LocalFileSystem(), os.path.abspath(local))
+
+    @staticmethod
+    def _copy(source_fs: pafs.FileSystem, source: str, target_fs: pafs.FileSystem, target: str) -> None:
+        kind = source_fs.get_file_info(source).type
+        if kind == pafs.FileType.NotFound:
+            raise FileNotFoundError(source)
+        target_fs.create_dir(target.rpartition("/")[0] if kind == pafs.FileType.File else target, recursive=True)
+        pafs.copy_files(source, target, source_filesystem=source_fs, destination_filesystem=target_fs)

@@ -1,0 +1,103 @@
+"""What a run came to: a table for a person, JSON for a program; and the plan of a run that is not started."""
+
+import shlex
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from perceiver import cost
+from pipeline.config import Options, PipelineConfig, flatten
+from pipeline.storage import Storage
+from pipeline.tasks import TASKS, trained_configs
+from pipeline.workflow import Manifest, done, following, task_keys
+
+
+def summarize(
+    preset: str, config: PipelineConfig, manifests: dict[str, Manifest], cached: set[str], run_id: str | None = None
+) -> dict[str, Any]:
+    """The summary of the tasks that are done; parts whose task was not run are missing."""
+    outputs = {name: manifest["output"] for name, manifest in manifests.items()}
+    summary: dict[str, Any] = {
+        "preset": preset,
+        "tasks": {
+            name: {
+                "state": "cached" if name in cached else "done",
+                "seconds": manifest["seconds"],
+                "key": manifest["key"],
+            }
+            for name, manifest in manifests.items()
+        },
+        "mlflow": {"tracking_uri": config.tracking_uri, "experiment": config.tracking.experiment, "run_id": run_id},
+    }
+    if "preprocess" in outputs:
+        summary["dataset"] = {"digest": outputs["preprocess"]["digest"]}
+    if "search" in outputs:
+        found = outputs["search"]
+        summary["search"] = {"num_trials": len(found["trials"]), "best": found["best"]}
+    if "train" in outputs:
+        trained = outputs["train"]
+        model, _ = trained_configs(config, searched=outputs["search"])
+        summary["train"] = {
+            name: trained[name] for name in ("images_per_second", "epochs", "best_epoch", "num_workers")
+        } | {"parameters": cost.parameter_count(model)}
+    if "evaluate" in outputs:
+        summary["test"] = {name: outputs["evaluate"][name] for name in ("top1", "top5", "loss", "num_examples")}
+    if "register" in outputs:
+        summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
+        summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
+    return summary
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{summary['preset']}", show_header=False)
+    test, model, search = summary.get("test"), summary.get("model"), summary.get("search")
+    for name, task in summary["tasks"].items():
+        table.add_row(name, "done before" if task["state"] == "cached" else f"done in {task['seconds']:.1f} s")
+    if test:
+        table.add_row("test top-1", f"{test['top1']:.2%} of {test['num_examples']} images")
+        table.add_row("test top-5", f"{test['top5']:.2%}")
+        table.add_row("test loss", f"{test['loss']:.4f}")
+    if search and search["best"]:
+        table.add_row("best of search", ", ".join(f"{name} = {value:.4g}" for name, value in search["best"].items()))
+    if train := summary.get("train"):
+        table.add_row(
+            "training",
+            f"{train['images_per_second']:.0f} images/s on {train['num_workers']} workers, {train['epochs']} epochs, "
+            f"{train['parameters']:,} parameters",
+        )
+    if model:
+        table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
+    runs = summary["mlflow"]
+    table.add_row("runs", escape(f"experiment {runs['experiment']}, run {runs['run_id']}"))
+    table.add_row("to look at them", escape(mlflow_command(runs["tracking_uri"])))
+    console.print(table)
+
+
+def mlflow_command(tracking_uri: str) -> str:
+    """What a person does to see the runs."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"open {tracking_uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
+
+
+def show_plan(preset: str, options: Options, storage: Storage, console: Console) -> None:
+    """Prints the settings, the tasks and what the model costs; starts nothing."""
+    config = options.config
+    settings = Table("setting", "value", title=f"{preset}")
+    for name, value in flatten(config).items():
+        settings.add_row(name, escape(str(value)))
+    console.print(settings)
+    tasks = Table("task", "key", "state", "takes", title="tasks")
+    finished, wanted = done(TASKS, config, storage).keys() - following(TASKS, options.force), True
+    for task, key in zip(TASKS, task_keys(TASKS, config).values(), strict=True):
+        state = "done" if task.name in finished else "to do" if wanted else "left out"
+        tasks.add_row(task.name, key, state, task.resources(config))
+        wanted = wanted and task.name != options.until
+    console.print(tasks)
+    macs = cost.macs_per_image(config.model)
+    console.print(
+        f"model: {cost.parameter_count(config.model):,} parameters, about {2 * macs / 1e9:.3f} GFLOPs an image "
+        f"({macs / 1e6:.1f} MMAC) forward, three times that in training"
+    )

@@ -1,0 +1,122 @@
+"""Which cluster a run joins, and whether its work fits into it."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cluster import address_to_join, check_resources, connect
+from pipeline.config import PipelineConfig, quickstart
+
+ROOT = Path(__file__).parents[1]
+# Prints which cluster `connect` has joined.
+CONNECT = """if True:
+    import ray
+    from pipeline.cluster import connect
+    from pipeline.config import quickstart
+    connect(quickstart())
+    print("foreign" if "foreign" in ray.cluster_resources() else "own")
+"""
+FOREIGN = """if True:
+    import sys, ray
+    ray.init(num_cpus=4, resources={"foreign": 1}, include_dashboard=False, log_to_driver=False)
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""
+
+
+def config(train: dict[str, Any], search: dict[str, Any]) -> PipelineConfig:
+    base = quickstart()
+    train = {"global_batch_size": 84} | train
+    return replace(base, train=replace(base.train, **train), search=replace(base.search, **search))
+
+
+@pytest.mark.parametrize(
+    ("train", "search", "available", "message"),
+    [
+        ({}, {}, {"CPU": 2.0}, None),
+        ({"num_workers": 1, "cpus_per_worker": 2.0}, {}, {"CPU": 2.0}, None),
+        ({"num_workers": 4, "cpus_per_worker": 0.5}, {}, {"CPU": 2.0}, None),
+        ({"use_gpu": True}, {}, {"CPU": 2.0, "GPU": 2.0}, None),
+        ({"use_gpu": True}, {}, {"CPU": 2.0, "GPU": None}, None),
+        ({"num_workers": 14}, {}, {"CPU": None, "GPU": None}, None),
+        ({}, {"cpus_per_trial": 0.5}, {"CPU": 2.0}, None),
+        ({}, {"cpus_per_trial": 4.0, "num_trials": 0}, {"CPU": 2.0}, None),
+        ({"num_workers": 3}, {}, {"CPU": 2.0}, r"num_workers = 3 .* take 3 CPUs, .* has 2: .* 0\.666\)"),
+        ({"num_workers": 7, "cpus_per_worker": 2.5}, {}, {"CPU": 16.0}, r"take 17\.5 CPUs, .* has 16: .* 2\.285\)"),
+        ({}, {}, {}, r"take 2 CPUs, but the cluster has 0: take fewer workers"),
+        ({}, {"cpus_per_trial": 2.5}, {"CPU": 2.0}, r"search\.cpus_per_trial = 2\.5, .* has 2 CPUs: lower it"),
+        ({"use_gpu": True}, {}, {"CPU": 2.0, "GPU": 1.0}, r"use_gpu = True .*num_workers = 2 .* has 1: .*no-use-gpu"),
+        ({"use_gpu": True}, {}, {"CPU": 2.0}, r"train\.use_gpu = True .* has 0"),
+    ],
+)
+def test_what_can_never_fit_is_refused(
+    train: dict[str, Any], search: dict[str, Any], available: dict[str, float | None], message: str | None
+) -> None:
+    if message is None:
+        check_resources(config(train, search), available, "the cluster")
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_resources(config(train, search), available, "the cluster")
+
+
+@pytest.mark.parametrize("cpus", [1.0, 2.0, 16.0, 96.0])
+def test_the_remedy_fits(cpus: float) -> None:
+    for workers in range(1, 40):
+        greedy = config({"num_workers": workers, "global_batch_size": workers, "cpus_per_worker": 97.0}, {})
+        with pytest.raises(ValueError, match=r"--train\.cpus-per-worker") as raised:
+            check_resources(greedy, {"CPU": cpus}, "the cluster")
+        remedy = float(str(raised.value).rpartition(" ")[2].rstrip(")"))
+        assert 0 <= cpus / workers - remedy < 0.001
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def test_a_cluster_is_joined_only_if_ray_start_left_it(ray_folder: Path) -> None:
+    environment = os.environ | {"RAY_TMPDIR": str(ray_folder), "RAY_AUTH_MODE": "disabled"}
+
+    def connected() -> str:
+        command = [sys.executable, "-c", CONNECT]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.split()[-1]
+
+    foreign = subprocess.Popen(
+        [sys.executable, "-c", FOREIGN], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert foreign.stdout is not None
+        address = foreign.stdout.readline().split()[-1]
+        assert connected() == "own"  # another program's cluster is nobody else's business
+        (ray_folder / "ray" / "ray_current_cluster").write_text(address)  # as `ray start` does
+        assert connected() == "foreign"
+    finally:
+        foreign.communicate()
+
+
+def test_what_a_killed_cluster_left_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        assert address_to_join() == address
+    assert address_to_join() is None
+
+
+def test_an_address_at_which_nothing_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS = 127\.0\.0\.1:9: no cluster answers: start it, or unset"):
+        connect(quickstart())

@@ -1,0 +1,155 @@
+"""Training in real processes, without Ray: two workers against one, and cut off against uncut."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import perceiver.model  # noqa: F401  registers its classes with Keras
+
+MODEL: dict[str, Any] = {
+    "image_shape": (8, 8, 1),
+    "num_classes": 10,
+    "stem": "patches",
+    "patch_size": 2,
+    "data_dim": 16,
+    "num_latents": 4,
+    "latent_dim": 16,
+    "num_self_attention_blocks": 1,
+    "num_self_attention_heads": 2,
+    "use_final_layer_norm": True,
+}
+TRAIN: dict[str, Any] = {
+    "epochs": 3,
+    "global_batch_size": 50,
+    "optimizer": "sgd",
+    "learning_rate": 0.05,
+    "learning_rate_schedule": "constant",
+    "weight_decay": 0.0,
+    "random_crop_padding": 1,
+    "random_flip": False,
+}
+SGD: dict[str, Any] = {}
+ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "learning_rate_schedule": "cosine"}
+RATES = {"seconds", "images_per_second"}
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Trains in `num_workers` processes; returns the folder with what rank 0 reported."""
+
+    def run(num_workers: int, train: dict[str, Any], model: dict[str, Any] | None = None, **orders: Any) -> Path:
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
+        workers = []
+        for rank in range(num_workers):
+            order = {"rank": rank, "addresses": addresses, "out": str(out), **orders}
+            order |= {"model": MODEL | (model or {}), "train": TRAIN | train | {"num_workers": num_workers}}
+            command = [sys.executable, str(Path(__file__).with_name("fit_worker.py")), json.dumps(order)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            workers.append(subprocess.Popen(command, text=True, **pipes))  # type: ignore[call-overload]
+        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
+        return out
+
+    return run
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(out.iterdir())
+
+
+def history(out: Path) -> list[dict[str, float]]:
+    epochs = json.loads((checkpoints(out)[-1] / "metrics.json").read_text())["history"]
+    return [{name: value for name, value in epoch.items() if name not in RATES} for epoch in epochs]
+
+
+def weights(out: Path) -> dict[str, np.ndarray]:
+    model = keras.saving.load_model(checkpoints(out)[-1] / "model.keras", compile=False)
+    return {variable.path: variable.numpy() for variable in model.trainable_variables}
+
+
+def assert_same_training(one: Path, other: Path, tolerance: float, without: str | None = None) -> None:
+    for left, right in zip(history(one), history(other), strict=True):
+        assert left == pytest.approx(right, abs=tolerance)
+    others = weights(other)
+    for path, value in weights(one).items():
+        if without is None or not path.endswith(without):
+            np.testing.assert_allclose(value, others[path], atol=tolerance, rtol=0, err_msg=path)
+
+
+def test_two_workers_train_as_one_does_with_momentum(run: Run) -> None:
+    one, two = run(1, SGD), run(2, SGD)
+    assert_same_training(one, two, 1e-5)
+    # and they have trained at all
+    assert history(one)[-1]["loss"] < history(one)[0]["loss"] - 0.1
+
+
+def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
+    # A key's bias shifts all logits of a query alike: its true gradient is zero, and Adam divides rounding by rounding.
+    one, two = run(1, ADAMW), run(2, ADAMW)
+    assert_same_training(one, two, 1e-5, without="key/bias")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_training_that_was_stopped_within_an_epoch_ends_as_one_that_was_not(run: Run, num_workers: int) -> None:
+    settings = {"early_stopping_patience": 2, "learning_rate_schedule": "plateau", "plateau_patience": 1}
+    dropout = {"dropout": 0.1, "seed": 3}
+    straight = run(num_workers, settings, dropout)
+    # Asked by the other worker than the one that writes the checkpoint, after the first epoch: all stop one step later.
+    cut = run(num_workers, settings, dropout, stop_rank=num_workers - 1, stop_after=1)
+    state = json.loads((checkpoints(cut)[-1] / "state.json").read_text())
+    assert (state["epoch"], state["step"]) == (1, 1)
+    resumed = run(num_workers, settings, dropout, resume_from=str(checkpoints(cut)[-1]))
+    assert_same_training(straight, resumed, 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_two_workers_train_in_mixed_precision(run: Run, precision: str) -> None:
+    half = history(run(2, ADAMW | {"precision": precision}))
+    assert half[-1]["loss"] < half[0]["loss"]
+    assert half[-1]["val_loss"] < half[0]["val_loss"]
+
+
+def test_a_finished_training_is_not_trained_on(run: Run) -> None:
+    first = run(1, {"epochs": 1})
+    again = run(1, {"epochs": 1}, resume_from=str(checkpoints(first)[-1]))
+    assert len(checkpoints(again)) == 1
+    assert_same_training(first, again, 0)
+
+
+def test_the_final_model_has_the_weights_of_the_best_epoch(run: Run) -> None:
+    # A learning rate at which the validation loss soon rises again.
+    out = run(1, {"learning_rate": 1.0})
+    losses = [epoch["val_loss"] for epoch in history(out)]
+    best = int(np.argmin(losses))
+    assert best < len(losses) - 1, f"the last epoch is the best one, the test shows nothing: {losses}"
+    with np.load(checkpoints(out)[best] / "arrays.npz") as arrays:
+        kept = [arrays[f"best_{i}"] for i in range(len(weights(out)))]
+    for value, (path, found) in zip(kept, weights(out).items(), strict=True):
+        np.testing.assert_array_equal(value, found, err_msg=path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step(run: Run) -> None:
+    with pytest.raises(
+        AssertionError, match=r"training loss is nan at epoch 1, step \d: lower train.learning_rate = 100"
+    ):
+        run(1, {"learning_rate": 100.0})

@@ -1,0 +1,150 @@
+"""A folder, and a store that is none, as one interface; what a process that is killed while it writes leaves."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Storage
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["folder", "file", "mock"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """A new storage.
+
+    `mock` is Arrow's own file system in memory: the same C++ interface as S3's, opened by its URI, and not local, so it
+    takes the ways that an object store takes. It has folders, unlike S3, and ends with its object.
+    """
+    uris = {"folder": str(tmp_path / "runs"), "file": f"file://{tmp_path}/runs", "mock": "mock:///bucket/runs"}
+    return Storage(uris[request.param])
+
+
+def test_what_is_written_is_read(storage: Storage) -> None:
+    storage.write_bytes("tasks/a/data.bin", b"\x00\xff")
+    storage.write_json("tasks/a/manifest.json", {"b": [1, None], "a": "é"})
+    assert storage.read_bytes("tasks/a/data.bin") == b"\x00\xff"
+    assert storage.read_json("tasks/a/manifest.json") == {"a": "é", "b": [1, None]}
+    assert storage.read_bytes("tasks/a/manifest.json").startswith(b'{\n "a":'), "sorted, for people and for digests"
+    assert storage.list("tasks/a") == ["data.bin", "manifest.json"]
+    assert storage.list("tasks") == ["a"]
+    assert storage.exists("tasks/a/data.bin")
+    assert storage.exists("tasks/a")
+    storage.write_bytes("tasks/a/data.bin", b"")
+    assert storage.read_bytes("tasks/a/data.bin") == b""
+    assert storage.list("tasks/a") == ["data.bin", "manifest.json"]
+
+
+def test_what_is_not_there(storage: Storage, tmp_path: Path) -> None:
+    assert not storage.exists("")
+    assert not storage.exists("no/such.json")
+    assert storage.list("no/such") == storage.list("") == []
+    storage.delete("no/such")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("no/such.json")
+    with pytest.raises(FileNotFoundError):
+        storage.read_json("no/such.json")
+    with pytest.raises(FileNotFoundError):
+        storage.download("no/such", tmp_path / "got")
+    assert not (tmp_path / "got").exists()
+    with pytest.raises(FileNotFoundError):
+        storage.upload(tmp_path / "missing", "sent")
+    assert not storage.exists("sent")
+
+
+def test_deleting(storage: Storage) -> None:
+    for path in ("a/1", "a/b/2", "c/3"):
+        storage.write_bytes(path, b"x")
+    storage.delete("a/b/2")
+    assert storage.list("a/b") == []
+    storage.delete("a")
+    assert not storage.exists("a/1")
+    assert storage.list("") == ["c"]
+
+
+def test_trees_are_copied_both_ways(storage: Storage, tmp_path: Path) -> None:
+    tree = {"one": b"1", "sub/two": b"2", "sub/deeper/three": b""}
+    for name, data in tree.items():
+        path = tmp_path / "sent" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    storage.upload(tmp_path / "sent", "trees/first")
+    assert {name: storage.read_bytes(f"trees/first/{name}") for name in tree} == tree
+    storage.download("trees/first", tmp_path / "got")
+    assert {name: (tmp_path / "got" / name).read_bytes() for name in tree} == tree
+    assert sum(path.is_file() for path in (tmp_path / "got").rglob("*")) == len(tree)
+
+
+def test_files_are_copied_both_ways(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sent.bin").write_bytes(b"bytes")
+    storage.upload("sent.bin", "files/model.bin")
+    storage.upload(tmp_path / "sent.bin", "model.bin")
+    assert storage.read_bytes("files/model.bin") == storage.read_bytes("model.bin") == b"bytes"
+    storage.download("files/model.bin", tmp_path / "new folder" / "model.bin")
+    storage.download("files/model.bin", "model.bin")
+    assert (tmp_path / "new folder" / "model.bin").read_bytes() == Path("model.bin").read_bytes() == b"bytes"
+
+
+def test_a_folder_is_the_same_wherever_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage = Storage("./runs")
+    assert storage.is_local
+    assert storage.uri == storage.absolute("") == f"{tmp_path}/runs"
+    assert storage.absolute("a/b") == storage.fs_path("a/b") == f"{tmp_path}/runs/a/b"
+    assert Storage("~/runs").uri == Storage(f"file://{tmp_path}/runs/").uri == storage.uri
+    storage.write_bytes("a", b"1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(pickle.dumps(storage)).read_bytes("a") == b"1"
+
+
+def test_a_uri_keeps_its_options() -> None:
+    storage = Storage("s3://bucket/runs/?region=eu-west-1&endpoint_override=127.0.0.1:9")
+    assert not storage.is_local
+    assert storage.fs_path("a/b") == "bucket/runs/a/b"
+    assert storage.absolute("a/b") == "s3://bucket/runs/a/b?region=eu-west-1&endpoint_override=127.0.0.1:9"
+    assert Storage("s3://bucket/runs?region=eu-west-1").absolute("a") == "s3://bucket/runs/a?region=eu-west-1"
+    copy = pickle.loads(pickle.dumps(storage))
+    assert (copy.uri, copy.root, copy.filesystem) == (storage.uri, storage.root, storage.filesystem)
+
+
+def test_an_unknown_kind_of_store_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"storage = 'nope://host/runs': .* give a folder or a URI"):
+        Storage("nope://host/runs")
+
+
+def test_a_file_is_old_or_new_when_its_writer_is_killed(tmp_path: Path) -> None:
+    size = 2**24
+    code = f"""if True:
+        import sys
+        from pipeline.storage import Storage
+        storage = Storage(sys.argv[1])
+        storage.write_bytes("a/file", b"0" * {size})
+        print("ready", flush=True)
+        while True:
+            for digit in b"0123456789":
+                storage.write_bytes("a/file", bytes([digit]) * {size})
+    """
+    for milliseconds in (3, 10, 17, 29):
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(milliseconds / 1000)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        content = Storage(str(tmp_path)).read_bytes("a/file")
+        assert (len(content), len(set(content))) == (size, 1)
+
+
+def test_parts_are_joined_to_a_path() -> None:
+    assert Storage.join("tasks/", "/train", "", "key") == "tasks/train/key"
