@@ -12,6 +12,7 @@ from keras import KerasTensor as Tensor
 from keras import layers, ops
 
 from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
+from perceiver.dot_product_attention import dot_product_attention
 
 Shape = tuple[Any, ...]  # numbers, None where one is not known
 
@@ -20,8 +21,8 @@ Shape = tuple[Any, ...]  # numbers, None where one is not known
 class MultiHeadAttention(keras.layers.Layer):
     """softmax(s Q K^T) V, heads side by side, then a linear layer.
 
-    The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it goes on Q, the smallest of the three. The softmax runs
-    in float32 whatever the compute dtype.
+    The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it goes on Q, the smallest of the three. The softmax runs in
+    float32 whatever the compute dtype where there is a mask, dropout or chunks, or the weights are returned.
 
     Args:
         num_heads: heads H.
@@ -96,12 +97,16 @@ class MultiHeadAttention(keras.layers.Layer):
         keys, values = self.keys_values(data) if keys_values is None else keys_values
         factor = self.factor if self.scale == "learned" else 1 / math.sqrt(self.qk_dim // self.num_heads)
         queries = _split_heads(self.query(rows) * factor, self.num_heads)
+        # Not left to the product: TensorFlow 2.21 with oneDNN corrupts its memory where it broadcasts a batch of one.
+        queries = ops.broadcast_to(queries, (ops.shape(keys)[0], *queries.shape[1:]))
         mask = attention_mask
         if mask is not None:  # (B, 1, 1 or N, M)
             mask = mask[:, None, None, :] if len(mask.shape) == 2 else mask[:, None]
         weights = None
         if self.chunk_size is not None and not return_weights:
             outputs = chunked_attention(queries, keys, values, mask, self.chunk_size)
+        elif mask is None and not return_weights and not (training and self.dropout):
+            outputs = dot_product_attention(queries, keys, values)
         else:
             weights = attention_weights(attention_logits(queries, keys, mask), mask)
             weights = ops.cast(weights, self.compute_dtype)

@@ -8,6 +8,7 @@ from keras import KerasTensor as Tensor
 from keras import layers, ops
 
 from perceiver.attention import MultiHeadAttention
+from perceiver.normalization import LayerNorm
 
 Shape = tuple[Any, ...]  # numbers, None where one is not known
 
@@ -102,8 +103,8 @@ class _Block(keras.layers.Layer):
         self.mlp.build(latents_shape)
         self.mlp_dropout = layers.Dropout(self.dropout, seed=seeds[2], dtype=self.dtype_policy)
 
-    def _norm(self, input_shape: Shape, name: str) -> layers.LayerNormalization:
-        norm = layers.LayerNormalization(epsilon=self.epsilon, name=name, dtype=self.dtype_policy)
+    def _norm(self, input_shape: Shape, name: str) -> LayerNorm:
+        norm = LayerNorm(epsilon=self.epsilon, name=name, dtype=self.dtype_policy)
         norm.build(input_shape)
         return norm
 

@@ -10,6 +10,8 @@ from keras import KerasTensor as Tensor
 from keras import ops
 
 _MASKED = -1e9  # finite, so that a row that may attend nowhere has no NaN
+_SMALLEST_WEIGHT = 1e-30  # a smaller one has too few digits, or none
+_FEW_KEYS = 64
 
 
 def attention_logits(queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -29,18 +31,18 @@ def chunked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     """softmax(Q K^T) V, `chunk_size` keys at a time; the scale is already on Q.
 
     Args:
-        queries: (B or 1, H, N, d).
+        queries: (B, H, N, d).
         keys: (B, H, M, d).
         values: (B, H, M, e).
         mask: boolean (B, 1, 1 or N, M), true where a row may attend, or None.
-        chunk_size: keys held at once; M need not be a multiple of it.
+        chunk_size: keys held at once, at most; M need not be a multiple of it.
 
     Returns:
         (B, H, N, e) in the dtype of the values.
     """
-    batch, num_keys = ops.shape(keys)[0], keys.shape[2]
+    num_keys = keys.shape[2]
+    chunk_size = even_chunk_size(num_keys, chunk_size)
     starts = range(0, num_keys, chunk_size)
-    queries = ops.broadcast_to(queries, (batch, *queries.shape[1:]))
 
     def rows_of(x: Tensor, start: int, after: Tensor | None) -> Tensor:
         """Rows of one chunk, cut only once `after` is known.
@@ -66,9 +68,7 @@ def chunked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
         for start in starts:
             logits = attention_logits(queries, rows_of(keys, start, outputs), mask_of(start))
             weights = attention_weights(logits, mask_of(start))
-            # The largest weight is exp(largest logit - log-sum-exp): cheaper than another pass of exponentials.
-            largest_weight = ops.maximum(ops.max(weights, axis=-1, keepdims=True), 1e-30)
-            totals.append(ops.max(logits, axis=-1, keepdims=True) - ops.log(largest_weight))
+            totals.append(log_sum_exp(logits, weights))
             products = ops.matmul(ops.cast(weights, values.dtype), rows_of(values, start, outputs))
             products = ops.cast(products, "float32")
             if outputs is None:
@@ -91,8 +91,14 @@ def chunked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
                 share = ops.exp(chunk_total - total)
                 upstream_share = ops.cast(share * d_outputs, values.dtype)
                 d_values.append(ops.matmul(_transpose(ops.cast(weights, values.dtype)), upstream_share))
-                d_weights = ops.matmul(upstream_share, _transpose(rows_of(values, start, d_queries)))
-                d_logits = weights * (ops.cast(d_weights, "float32") - share * mean)
+                chunk_values = rows_of(values, start, d_queries)
+                # P (dP - mean): the subtraction is one more column in the product, not one more pass over N x M.
+                ones = ops.ones_like(chunk_values[..., :1])
+                d_weights = ops.matmul(
+                    ops.concatenate([upstream_share, ops.cast(-share * mean, values.dtype)], -1),
+                    _transpose(ops.concatenate([chunk_values, ones], -1)),
+                )
+                d_logits = weights * ops.cast(d_weights, "float32")
                 d_logits = ops.cast(d_logits, keys.dtype)
                 d_keys.append(ops.matmul(_transpose(d_logits), queries))
                 products = ops.cast(ops.matmul(d_logits, chunk_keys), "float32")
@@ -102,6 +108,35 @@ def chunked_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
         return outputs, gradient
 
     return attention(queries, keys, values)
+
+
+def log_sum_exp(logits: Tensor, weights: Tensor) -> Tensor:
+    """log(sum_j exp(l_j)), (B, H, N, 1), from logits l and weights w, their softmax: it is l_j - log(w_j) for every j.
+
+    Taken where w is largest among the first few keys, unless it is too small there to have a logarithm: to look for the
+    largest among all is another pass over N x M.
+    """
+
+    def among(num_keys: int | None) -> tuple[Tensor, Tensor]:
+        logit = ops.max(logits[..., :num_keys], axis=-1, keepdims=True)
+        return logit, ops.max(weights[..., :num_keys], axis=-1, keepdims=True)
+
+    def total(logit: Tensor, weight: Tensor) -> Tensor:
+        return logit - ops.log(ops.maximum(weight, _SMALLEST_WEIGHT))
+
+    logit, weight = among(_FEW_KEYS)
+    return ops.cond(
+        ops.min(weight) > _SMALLEST_WEIGHT, lambda: total(logit, weight), lambda: total(*among(num_keys=None))
+    )
+
+
+def even_chunk_size(num_keys: int, chunk_size: int) -> int:
+    """The largest size from half of `chunk_size` to all of it that divides the keys without rest, else `chunk_size`.
+
+    With a rest, all keys and values but the rest would be copied.
+    """
+    sizes = range(min(chunk_size, num_keys), chunk_size // 2, -1)
+    return next((size for size in sizes if num_keys % size == 0), chunk_size)
 
 
 def _transpose(x: Tensor) -> Tensor:

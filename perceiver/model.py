@@ -12,6 +12,7 @@ from keras import layers, ops
 
 from perceiver.blocks import CrossAttentionBlock, SelfAttentionBlock
 from perceiver.config import PerceiverConfig
+from perceiver.normalization import LayerNorm
 from perceiver.position_encoding import FourierPositionEncoding, LearnedPositionEncoding
 from perceiver.preprocessing import ConvStem, ImageNormalization, PatchStem
 
@@ -139,9 +140,7 @@ class Perceiver(keras.Model):
         latents_shape = (None, config.num_latents, config.latent_dim)
         self.final_norm = None
         if config.use_final_layer_norm:
-            self.final_norm = layers.LayerNormalization(
-                epsilon=config.layer_norm_epsilon, name="final_norm", dtype=self.dtype_policy
-            )
+            self.final_norm = LayerNorm(epsilon=config.layer_norm_epsilon, name="final_norm", dtype=self.dtype_policy)
             self.final_norm.build(latents_shape)
         if config.head == "query":
             self.output_query = self._add_vectors(1, "output_query")

@@ -12,6 +12,8 @@ from layer_checks import check_layer
 
 from perceiver.attention import MultiHeadAttention
 from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
+from perceiver.chunked_attention import chunked_attention, even_chunk_size
+from perceiver.dot_product_attention import dot_product_attention
 
 _RANDOM = np.random.default_rng(0)
 _LATENTS = _RANDOM.normal(size=(2, 5, 8)).astype("float32")
@@ -79,6 +81,68 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size: int, mask: np.nd
         results = _values_and_gradients(chunked_call, chunked, latents, mask)
         for expected, result in zip(expectations, results, strict=True):
             np.testing.assert_allclose(result, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "chunk_size", "expected"),
+    [(50176, 4096, 3584), (50176, 1024, 1024), (13, 4, 4), (12, 5, 4), (6, 50, 50), (30, 50, 30), (7, 1, 1)],
+)
+def test_chunks_are_even_where_they_can_be(num_keys: int, chunk_size: int, expected: int) -> None:
+    assert even_chunk_size(num_keys, chunk_size) == expected
+
+
+def test_chunks_may_hold_a_logit_far_above_all_others() -> None:
+    """Where the weights of the first keys of a chunk underflow, so that its log-sum-exp has to be found elsewhere."""
+    random = np.random.default_rng(2)
+    queries, keys, values = (random.normal(size=(1, 1, n, 4)).astype("float32") for n in (3, 200, 200))
+    keys[:, :, [90, 170]] = 60 * np.sign(queries.sum(2, keepdims=True))
+    logits = queries[0, 0].astype("float64") @ keys[0, 0].astype("float64").T
+    assert logits.max() - logits[:, :64].max() > 100
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    expected = weights / weights.sum(1, keepdims=True) @ values[0, 0]
+    for mode in (chunked_attention, tf.function(chunked_attention)):
+        outputs = mode(tf.constant(queries), tf.constant(keys), tf.constant(values), None, 100)
+        np.testing.assert_allclose(outputs[0, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_own_backward_pass_is_that_of_the_formula(dtype: str, tolerance: float) -> None:
+    random = np.random.default_rng(3)
+    shapes = [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6)]
+    inputs = [tf.cast(tf.constant(random.normal(size=shape), "float32"), dtype) for shape in shapes]
+
+    def plain(queries: tf.Tensor, keys: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+        return tf.nn.softmax(queries @ tf.linalg.matrix_transpose(keys)) @ values
+
+    def results(function: Callable, inputs: list[tf.Tensor]) -> list[np.ndarray]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = function(*inputs)
+            loss = tf.reduce_sum(tf.sin(outputs))
+        return [tf.cast(x, "float32").numpy() for x in (outputs, *tape.gradient(loss, inputs))]
+
+    # The formula in float64, from what the inputs are in `dtype`.
+    expected = results(plain, [tf.cast(x, "float64") for x in inputs])
+    for function in (dot_product_attention, tf.function(dot_product_attention)):
+        for found, value in zip(results(function, inputs), expected, strict=True):
+            np.testing.assert_allclose(found, value, atol=tolerance, rtol=tolerance)
+
+
+def test_the_first_latents_are_shared_by_a_batch_of_any_size() -> None:
+    """TensorFlow 2.21 with oneDNN corrupts its memory where a product broadcasts a batch of one; see attention.py."""
+    layer = MultiHeadAttention(1, 8, 8, 8)
+    layer.build((1, *_LATENTS.shape[1:]), _DATA.shape)
+    gradients_of: dict[int, list[tf.Tensor]] = {}
+    for batch in (1, 3, 5):
+        data = np.repeat(_DATA[:1], batch, axis=0)
+        with tf.GradientTape() as tape:
+            outputs = layer(_LATENTS[:1], data)
+            loss = tf.reduce_sum(tf.sin(outputs))
+        assert outputs.shape == (batch, 5, 8)
+        np.testing.assert_allclose(outputs, np.repeat(outputs[:1], batch, axis=0), atol=1e-6)
+        gradients_of[batch] = tape.gradient(loss, [v.value for v in layer.trainable_variables])
+        for found, value in zip(gradients_of[batch], gradients_of[1], strict=True):
+            np.testing.assert_allclose(found / batch, value, atol=1e-5)
 
 
 def _values_and_gradients(

@@ -1,7 +1,7 @@
-"""The published Keras example (Khalid Salama, 2021), sizes as arguments, and its weights in ours.
+"""The published Keras example (Khalid Salama, 2021), sizes as arguments: what the presets are compared with.
 
-Function for function its code, less the augmentation, which is no part of the model; `patcher`, which it never makes,
-is made here.
+Function for function its code; only `patcher`, which it never makes, is made here, and its data set is not read at
+import.
 """
 
 from collections.abc import Sequence
@@ -77,8 +77,21 @@ def create_transformer_module(
     return keras.Model(inputs=inputs, outputs=x0)
 
 
+def create_data_augmentation(mean: Sequence[float], variance: Sequence[float], image_size: int) -> keras.Sequential:
+    """`mean` and `variance` of the training images' channels: the example finds them with `adapt`."""
+    return keras.Sequential(
+        [
+            layers.Normalization(mean=mean, variance=variance),
+            layers.Resizing(image_size, image_size),
+            layers.RandomFlip("horizontal"),
+            layers.RandomZoom(height_factor=0.2, width_factor=0.2),
+        ],
+        name="data_augmentation",
+    )
+
+
 class PublishedPerceiver(keras.Model):
-    """Takes images that are normalised and resized; the parts are made in the order in which it runs them."""
+    """The parts are made in the order in which it runs them; without `data_augmentation` it takes what that returns."""
 
     def __init__(
         self,
@@ -92,8 +105,10 @@ class PublishedPerceiver(keras.Model):
         dropout_rate: float,
         num_iterations: int,
         classifier_units: Sequence[int],
+        data_augmentation: keras.Sequential | None = None,
     ) -> None:
         super().__init__()
+        self.data_augmentation = data_augmentation
         self.num_iterations = num_iterations
         self.latent_array = self.add_weight(
             shape=(latent_dim, projection_dim), initializer="random_normal", trainable=True
@@ -110,7 +125,8 @@ class PublishedPerceiver(keras.Model):
         self.classification_head = create_ffn(classifier_units, dropout_rate)
 
     def call(self, images: keras.KerasTensor) -> keras.KerasTensor:
-        encoded_patches = self.patch_encoder(self.patcher(images))
+        augmented = images if self.data_augmentation is None else self.data_augmentation(images)
+        encoded_patches = self.patch_encoder(self.patcher(augmented))
         latent_array = ops.expand_dims(self.latent_array, 0)
         for _ in range(self.num_iterations):
             inputs = {"latent_array": latent_array, "data_array": encoded_patches}

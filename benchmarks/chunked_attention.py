@@ -1,0 +1,199 @@
+"""What does attention in chunks save, and what does it cost?
+
+    python benchmarks/chunked_attention.py
+
+A cross-attend block (latents 1,024 wide, data array 261 wide as ImageNet's with Fourier features, keys and values 256
+wide), forward and backward, as a compiled graph (tf.function) in float32, one image. Every case is a process of its
+own. Memory is the largest resident set during the first step above that before it, when block, inputs and graph are
+there. Times are medians of turns that plain and chunked attention take one after the other. Requirements: at
+50,176 inputs a fifth of the memory, at most 1.2 times the time, an exponent of time over inputs of at most 1.1.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from turns import Answer, Contestant, medians
+
+LATENT_DIM, DATA_DIM, ATTENTION_DIM = 1024, 261, 256
+SLOWER_AT_MOST = 1.1  # a chunk size that costs more time than this is not taken for the little memory it saves
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cross-attend to measure."""
+
+    num_inputs: int
+    """Rows of the data array, M."""
+    chunk_size: int | None
+    """None: plain attention."""
+    num_latents: int
+    num_heads: int
+    threads: int
+    jit_compile: bool = False
+    """XLA."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-inputs", type=int, nargs="+", default=[*(1024 * 2**i for i in range(6)), 50176])
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--num-latents", type=int, default=512)
+    parser.add_argument("--num-heads", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every case")
+    parser.add_argument("--xla", action="store_true", help="compile the step with XLA")
+    args = parser.parse_args()
+
+    def case(num_inputs: int, chunk_size: int | None) -> Case:
+        return Case(num_inputs, chunk_size, args.num_latents, args.num_heads, args.threads, args.xla)
+
+    largest = max(args.num_inputs)
+    by_chunk = compare([case(largest, None), *(case(largest, size) for size in args.chunk_sizes)], args.rounds)
+    show(f"Chunk sizes, {largest:,} inputs x {args.num_latents} latents, {args.num_heads} heads", by_chunk)
+    quick = [row for row in by_chunk[1:] if row["relative_time"] <= SLOWER_AT_MOST] or by_chunk[1:]
+    best = min(quick, key=lambda row: row["peak_mib"])["chunk_size"]
+    by_inputs = [compare([case(size, None), case(size, best)], args.rounds) for size in sorted(args.num_inputs)[:-1]]
+    by_inputs.append([row for row in by_chunk if row["chunk_size"] in (None, best)])
+    show(f"Numbers of inputs, chunks of {best}", [row for pair in by_inputs for row in pair])
+    plain, chunked = [pair[0] for pair in by_inputs], [pair[1] for pair in by_inputs]
+    half = len(by_inputs) // 2
+    result = {
+        "benchmark": "chunked_attention",
+        "settings": vars(args),
+        "best_chunk_size": best,
+        "exponent": {"plain": exponent(plain), "chunked": exponent(chunked)},
+        # What does not depend on the inputs (the queries, the MLP) flatters the exponent where they are few.
+        "exponent_of_upper_half": {"plain": exponent(plain[half:]), "chunked": exponent(chunked[half:])},
+        "by_chunk_size": by_chunk,
+        "by_num_inputs": by_inputs,
+    }
+    for name in ("exponent", "exponent_of_upper_half"):
+        print(f"{name} of time over inputs: {result[name]}")
+    print(json.dumps(result))
+
+
+def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
+    """Measures all cases in turns; what the others are compared with, the plain one, comes first."""
+    contestants: list[Contestant] = []
+    starts = []
+    try:
+        for case in cases:
+            contestants.append(Contestant(measure, case))
+            starts.append(contestants[-1].wait())
+        turns = [[contestant.turn() for contestant in contestants] for _ in range(rounds)]
+    finally:
+        for contestant in contestants:
+            contestant.end()
+    rows = []
+    for i, (case, start) in enumerate(zip(cases, starts, strict=True)):
+        median, fastest, slowest = medians(turn[i] for turn in turns)
+        rows.append(
+            {
+                "num_inputs": case.num_inputs,
+                "chunk_size": case.chunk_size,
+                "peak_mib": start["peak_bytes"] / 2**20,
+                "milliseconds": 1e3 * median,
+                "milliseconds_range": [1e3 * fastest, 1e3 * slowest],
+                "first_step_seconds": start["first_step_seconds"],
+                "difference": difference(starts[0]["results"], start["results"]),
+            }
+        )
+    for row in rows:
+        row["memory_saved"] = rows[0]["peak_mib"] / row["peak_mib"]
+        row["relative_time"] = row["milliseconds"] / rows[0]["milliseconds"]
+    return rows
+
+
+def measure(answer: Answer, case: Case) -> None:
+    """Answers peak memory, results and time of the first step, then the seconds of a step each turn."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import keras
+    import tensorflow as tf
+
+    from perceiver.blocks import CrossAttentionBlock
+
+    tf.config.threading.set_intra_op_parallelism_threads(case.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(case.threads)
+    keras.utils.set_random_seed(0)
+    latents = tf.random.normal((1, case.num_latents, LATENT_DIM), seed=1)
+    data = tf.random.normal((1, case.num_inputs, DATA_DIM), seed=2)
+    upstream = tf.random.normal((1, case.num_latents, LATENT_DIM), seed=3)
+    block = CrossAttentionBlock(case.num_heads, ATTENTION_DIM, ATTENTION_DIM, chunk_size=case.chunk_size)
+    block.build(latents.shape, data.shape)
+
+    @tf.function(jit_compile=case.jit_compile)
+    def step() -> dict[str, tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch([latents, data])
+            outputs = block(latents, data)
+        inputs = {"latents": latents, "data": data} | {v.path: v.value for v in block.trainable_variables}
+        return {"outputs": outputs, **tape.gradient(outputs, inputs, output_gradients=upstream)}
+
+    step.get_concrete_function()
+    before = resident_bytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again from here
+    start = time.perf_counter()
+    tensors = step()
+    seconds = time.perf_counter() - start
+    peak = resident_bytes("VmHWM") - before
+    results = {name: tensor.numpy() for name, tensor in tensors.items()}
+    answer({"peak_bytes": peak, "first_step_seconds": seconds, "results": results})
+    del tensors, results
+    while True:
+        start = time.perf_counter()
+        step()
+        answer(time.perf_counter() - start)
+
+
+def resident_bytes(field: str) -> int:
+    """A field of this process's memory: VmRSS now, VmHWM at most."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
+
+
+def difference(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> float:
+    """Largest difference in the outputs and in any gradient, as a share of the largest entry of each."""
+    return max(
+        float(np.abs(found[name] - value).max() / np.abs(value).max())
+        for name, value in expected.items()
+        # It shifts all logits of a query alike: its true gradient is zero, what is computed is rounding.
+        if not name.endswith("key/bias")
+    )
+
+
+def exponent(rows: list[dict[str, Any]]) -> float | None:
+    """Slope of log time over log inputs by least squares."""
+    if len(rows) < 2:
+        return None
+    inputs = [math.log(row["num_inputs"]) for row in rows]
+    return float(np.polyfit(inputs, [math.log(row["milliseconds"]) for row in rows], 1)[0])
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table("inputs", "chunk", "peak MiB", "saved", "ms", "range", "time", "difference", title=title)
+    for row in rows:
+        low, high = row["milliseconds_range"]
+        table.add_row(
+            f"{row['num_inputs']:,}",
+            str(row["chunk_size"] or "plain"),
+            f"{row['peak_mib']:,.0f}",
+            f"{row['memory_saved']:.1f} x",
+            f"{row['milliseconds']:,.0f}",
+            f"{low:,.0f} to {high:,.0f}",
+            f"{row['relative_time']:.2f} x",
+            f"{row['difference']:.1e}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

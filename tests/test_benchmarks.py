@@ -1,0 +1,70 @@
+"""The benchmarks run, at sizes that take seconds: a table, then one line of JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import model_step
+import pytest
+
+from perceiver import presets
+from perceiver.cost import macs_per_image
+
+ROOT = Path(__file__).parents[1]
+
+
+def benchmark(name: str, *args: str) -> tuple[str, Any]:
+    """What a benchmark printed before its last line, and that line's contents."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    table, _, line = done.stdout.rstrip().rpartition("\n")
+    return table, json.loads(line)
+
+
+def test_chunked_attention() -> None:
+    table, result = benchmark(
+        "chunked_attention",
+        *("--num-inputs", "2048", "--chunk-sizes", "256", "--num-latents", "64", "--num-heads", "2", "--rounds", "2"),
+    )
+    assert "Chunk sizes, 2,048 inputs x 64 latents, 2 heads" in table
+    plain, chunked = result["by_chunk_size"]
+    assert (plain["chunk_size"], chunked["chunk_size"]) == (None, 256)
+    assert 0 < chunked["difference"] < 1e-5
+    assert chunked["milliseconds"] > 0
+    assert plain["peak_mib"] > 0
+
+
+def test_model_step() -> None:
+    table, rows = benchmark(
+        "model_step",
+        *("--models", "cifar100", "--precisions", "float32", "--compilers", "plain", "--batch-size", "1"),
+        *("--rounds", "2", "--peak-side", "256"),
+    )
+    assert "of products" in table
+    assert [(row["model"], row["compiler"]) for row in rows] == [
+        ("peak", ""),
+        ("cifar100", "plain"),
+        ("cifar100", "products"),
+    ]
+    peak, step, products = rows
+    assert peak["gflop_per_image"] == pytest.approx(2 * 256**3 / 1e9)
+    gflop = pytest.approx(6 * macs_per_image(presets.cifar100()) / 1e9)
+    assert step["gflop_per_image"] == gflop
+    assert products["gflop_per_image"] == gflop
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_products_of_a_step_are_those_that_the_cost_counts() -> None:
+    for config in (presets.cifar100(), presets.keras_example(), presets.keras_example_fixed()):
+        batch = 4
+        shapes = model_step.product_shapes(config, batch)
+        counted = sum(count * m * k * n for count, m, k, n in shapes)
+        # The closed form counts the first queries, the same for all images, for each; and the head, left out here.
+        first = (batch - 1) * config.num_latents * config.latent_dim * config.cross_qk_dim
+        head = config.head_hidden_dim or 0
+        classifier = head * config.latent_dim + (head or config.latent_dim) * config.num_classes
+        assert counted + first + batch * classifier == batch * macs_per_image(config)
