@@ -1,8 +1,10 @@
 """What `fit` needs to go on where it was: a folder with weights, optimizer, best weights, metrics and callbacks.
 
-model.weights.h5   weights and optimizer (Keras's own format)
-arrays.npz         state of the dropout's random numbers; best weights so far; metrics of an epoch that is not over
-state.json         position in the data, history, state of the callbacks
+arrays.npz   weights; optimizer with learning rate and loss scale; state of the dropout's random numbers; best weights
+             so far; metrics of an epoch that is not over
+state.json   position in the data, history, state of the callbacks
+
+No HDF5 file: where its disk is full, the library takes the process down with it.
 """
 
 import json
@@ -14,7 +16,9 @@ from typing import Any
 import keras
 import numpy as np
 
-WEIGHTS_FILE, ARRAYS_FILE, STATE_FILE = "model.weights.h5", "arrays.npz", "state.json"
+from pipeline.checkpoint_store import STATE_FILE, CheckpointError
+
+ARRAYS_FILE = "arrays.npz"
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Progress:
         callbacks: state of each callback by class name.
         best_weights: weights of the epoch with the lowest validation loss.
         metrics: variables of the model's metrics, where `step` > 0.
+        order: what the order of the rows follows from: shuffle seed, global batch size and number of rows.
     """
 
     epoch: int = 0
@@ -38,14 +43,25 @@ class Progress:
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     best_weights: list[np.ndarray] = field(default_factory=list)
     metrics: list[np.ndarray] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
 
 
 def save(directory: Path, model: keras.Model, progress: Progress) -> None:
-    """Writes a checkpoint into `directory`, which must exist."""
-    model.save_weights(directory / WEIGHTS_FILE)
-    arrays = {f"best_{i}": value for i, value in enumerate(progress.best_weights)}
-    arrays |= {f"metric_{i}": value for i, value in enumerate(progress.metrics)}
-    arrays |= {f"random_{i}": np.array(variable) for i, variable in enumerate(_random_states(model))}
+    """Writes a checkpoint into `directory`, which must exist.
+
+    Raises:
+        CheckpointError: if there is no room, say; names the directory.
+    """
+    try:
+        _write(directory, model, progress)
+    except OSError as error:
+        raise CheckpointError.at(str(directory), error) from error
+
+
+def _write(directory: Path, model: keras.Model, progress: Progress) -> None:
+    groups = {name: [np.array(variable) for variable in variables] for name, variables in _variables(model).items()}
+    groups |= {"best": progress.best_weights, "metric": progress.metrics}
+    arrays = {f"{name}_{i}": value for name, values in groups.items() for i, value in enumerate(values)}
     np.savez(directory / ARRAYS_FILE, **arrays)  # type: ignore[arg-type]
     state = asdict(progress)
     del state["best_weights"], state["metrics"]
@@ -53,15 +69,29 @@ def save(directory: Path, model: keras.Model, progress: Progress) -> None:
 
 
 def load(directory: Path, model: keras.Model) -> Progress:
-    """Sets weights and optimizer of a built and compiled `model`; returns the rest."""
+    """Sets weights and optimizer of a built and compiled `model`; returns the rest.
+
+    Raises:
+        ValueError: if the checkpoint is of another model or optimizer.
+    """
     model.optimizer.build(model.trainable_variables)
-    model.load_weights(directory / WEIGHTS_FILE)
     progress = Progress(**json.loads((directory / STATE_FILE).read_text()))
     with np.load(directory / ARRAYS_FILE) as arrays:
-        for name, target in (("best", progress.best_weights), ("metric", progress.metrics)):
-            target += [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in arrays))]
-        for i, variable in enumerate(_random_states(model)):
-            variable.assign(arrays[f"random_{i}"])
+
+        def group(name: str) -> list[np.ndarray]:
+            return [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in arrays))]
+
+        progress.best_weights, progress.metrics = group("best"), group("metric")
+        for name, variables in _variables(model).items():
+            values = group(name)
+            expected, found = [tuple(v.shape) for v in variables], [value.shape for value in values]
+            if expected != found:
+                raise ValueError(
+                    f"{directory / ARRAYS_FILE} is of another model or optimizer: its {name} variables have the shapes "
+                    f"{found}, not {expected}"
+                )
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
     return progress
 
 
@@ -80,7 +110,12 @@ def _metric_variables(model: keras.Model) -> list[keras.Variable]:
     return [variable for metric in model.metrics for variable in metric.variables]
 
 
-def _random_states(model: keras.Model) -> list[keras.Variable]:
-    """State of each seed generator, which Keras counts among a model's variables but saves with none of its weights."""
+def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
+    """All that training changes, by kind."""
     weights = {id(variable) for variable in model.weights}
-    return [variable for variable in model.variables if id(variable) not in weights]
+    return {
+        "weight": model.weights,
+        "optimizer": model.optimizer.variables,
+        # State of each seed generator, which Keras counts among a model's variables but not among its weights.
+        "random": [variable for variable in model.variables if id(variable) not in weights],
+    }

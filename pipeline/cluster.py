@@ -62,20 +62,20 @@ def check_resources(config: PipelineConfig, available: Mapping[str, float | None
     Raises:
         ValueError: if it can never be enough.
     """
-    train, cpus = config.train, available.get("CPU", 0)
-    if cpus is not None and train.num_workers * train.cpus_per_worker > cpus:
+    train, cpus, workers = config.train, available.get("CPU", 0), config.train.min_workers
+    if cpus is not None and workers * train.cpus_per_worker > cpus:
         raise ValueError(
-            f"train.num_workers = {train.num_workers} with train.cpus_per_worker = {train.cpus_per_worker:g} take "
-            f"{train.num_workers * train.cpus_per_worker:g} CPUs, but {where} has {cpus:g}: take fewer workers, or "
-            f"less of a CPU for each (--train.cpus-per-worker {math.floor(1000 * cpus / train.num_workers) / 1000:g})"
+            f"train.num_workers = {workers} with train.cpus_per_worker = {train.cpus_per_worker:g} take "
+            f"{workers * train.cpus_per_worker:g} CPUs, but {where} has {cpus:g}: take fewer workers, or "
+            f"less of a CPU for each (--train.cpus-per-worker {math.floor(1000 * cpus / workers) / 1000:g})"
         )
     if config.search.num_trials and cpus is not None and config.search.cpus_per_trial > cpus:
         raise ValueError(
             f"search.cpus_per_trial = {config.search.cpus_per_trial:g}, but {where} has {cpus:g} CPUs: lower it"
         )
     gpus = available.get("GPU", 0)
-    if train.use_gpu and gpus is not None and train.num_workers > gpus:
+    if train.use_gpu and gpus is not None and workers > gpus:
         raise ValueError(
-            f"train.use_gpu = True with train.num_workers = {train.num_workers} takes as many GPUs, but {where} has "
+            f"train.use_gpu = True with train.num_workers = {workers} takes as many GPUs, but {where} has "
             f"{gpus:g}: take fewer workers, or --train.no-use-gpu"
         )

@@ -20,7 +20,32 @@ from tune.config import SearchConfig
 TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register"]
 # How a run is carried out, not what comes out of it: such fields are no part of a task's key.
 EXECUTION = {"keyed": False}
+WORKERS_REMEDY = "give a number of at least 1, or MIN:MAX for as many of these as the cluster has"
 TRACKING_STORES = ("http://", "https://", "databricks", "sqlite:///", "postgresql", "mysql", "mssql")
+
+
+def _workers_from(args: list[str]) -> int | tuple[int, int]:
+    """`4` or `1:4`."""
+    if not re.fullmatch(r"-?[0-9]+(:[0-9]+)?", args[0]):
+        raise ValueError(f"train.num_workers = {args[0]!r}: {WORKERS_REMEDY}")
+    least, colon, most = args[0].partition(":")
+    return (int(least), int(most)) if colon else int(least)
+
+
+def _workers_text(workers: int | tuple[int, int]) -> str:
+    return str(workers) if isinstance(workers, int) else f"{workers[0]}:{workers[1]}"
+
+
+Workers = Annotated[
+    int | tuple[int, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|MIN:MAX",
+        instance_from_str=_workers_from,
+        is_instance=lambda value: isinstance(value, (int, tuple)),
+        str_from_instance=lambda workers: [_workers_text(workers)],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -63,14 +88,20 @@ class ModelConfig(PerceiverConfig):
 class TrainingConfig:
     """How a model is trained; sizes are global, so they do not change with the number of workers."""
 
-    num_workers: int = field(default=2, metadata=EXECUTION)
-    """Data-parallel workers; each trains on its share of every global batch."""
+    num_workers: Workers = field(default=2, metadata=EXECUTION)
+    """Data-parallel workers; each trains on its share of every global batch. MIN:MAX takes what the cluster has."""
     cpus_per_worker: float = field(default=1.0, metadata=EXECUTION)
     """CPUs of a worker, may be a fraction; its threads follow from it."""
     use_gpu: bool = field(default=False, metadata=EXECUTION)
     """Give every worker a GPU (NCCL instead of ring all-reduce); not measured on the authors' machines."""
     max_failures: int = field(default=3, metadata=EXECUTION)
     """How often workers that died are started again from the last checkpoint before the run fails."""
+    checkpoint_every_steps: int = field(default=0, metadata=EXECUTION)
+    """Steps between checkpoints within an epoch; 0: only at its end."""
+    checkpoints_kept: int = field(default=2, metadata=EXECUTION)
+    """How many of the last checkpoints are kept, beside the one with the lowest validation loss."""
+    deterministic: bool = field(default=False, metadata=EXECUTION)
+    """Only operations that give the same bits again; on CPUs the others did too where it was looked at."""
     epochs: int = 10
     """Passes over the training rows."""
     global_batch_size: int = 128
@@ -99,13 +130,23 @@ class TrainingConfig:
     """Largest relative zoom of training images in height and in width; 0 turns it off."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy."""
+    jit_compile: bool = False
+    """XLA for the forward and backward pass; the collectives stay outside."""
     seed: int = 0
     """Seed of the initial weights, the order of rows, the augmentation and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "epochs", "global_batch_size", "plateau_patience", "early_stopping_patience"):
+        if not 1 <= self.min_workers <= self.max_workers:
+            raise ValueError(f"train.num_workers = {_workers_text(self.num_workers)}: {WORKERS_REMEDY}")
+        for name in (
+            "epochs",
+            "global_batch_size",
+            "checkpoints_kept",
+            "plateau_patience",
+            "early_stopping_patience",
+        ):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give at least 1")
-        for name in ("max_failures", "random_crop_padding"):
+        for name in ("max_failures", "random_crop_padding", "checkpoint_every_steps"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "give 0 or more")
         _require(0 <= self.seed < 2**31, "train.seed", self.seed, "give a number in [0, 2**31)")
         _require(0 < self.learning_rate < math.inf, "train.learning_rate", self.learning_rate, "give a positive number")
@@ -121,12 +162,25 @@ class TrainingConfig:
                 f"train.weight_decay = {self.weight_decay} does nothing with train.optimizer = adam: take adamw, or "
                 "give --train.weight-decay 0"
             )
-        if self.global_batch_size % self.num_workers:
-            nearest = max(self.num_workers, round(self.global_batch_size / self.num_workers) * self.num_workers)
+        common = math.lcm(self.min_workers, self.max_workers)
+        if self.global_batch_size % common:
+            nearest = max(common, round(self.global_batch_size / common) * common)
             raise ValueError(
                 f"train.global_batch_size = {self.global_batch_size} cannot be divided among train.num_workers = "
-                f"{self.num_workers}: take {nearest}, or a number of workers that divides it"
+                f"{_workers_text(self.num_workers)}: take {nearest}, or a number of workers that divides it"
             )
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    def usable_workers(self, available: int) -> int:
+        """The most of `available` workers that divide the global batch equally."""
+        return max(count for count in range(1, available + 1) if self.global_batch_size % count == 0)
 
 
 @dataclass(frozen=True)

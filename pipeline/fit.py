@@ -16,12 +16,14 @@ import numpy as np
 import tensorflow as tf
 
 from perceiver.config import PerceiverConfig
+from perceiver.cost import macs_per_image
 from perceiver.model import Perceiver
 from pipeline import checkpoint, multiworker
 from pipeline.batches import ImageArrays, evaluation_slices, steps_per_epoch, train_batches
 from pipeline.checkpoint import Progress
 from pipeline.config import TrainingConfig
 from pipeline.optimization import PLATEAU_FACTOR, SmoothedCrossEntropy, optimizer
+from pipeline.throughput import StepClock, StepReporter, matmul_peak
 
 MODEL_FILE = "model.keras"
 PREFETCHED_BATCHES = 4
@@ -41,12 +43,14 @@ class Worker:
     """One of the processes that train a model together.
 
     Attributes:
-        report: takes the metrics of an epoch and, at rank 0, the folder of a checkpoint, which it must have copied when
-            it returns; every worker calls it equally often.
+        report: takes metrics and, at rank 0, the folder of a checkpoint, which it must have copied when it returns;
+            every worker calls it equally often. At the end of an epoch the metrics are those of the epoch, within one
+            they are the position alone: `epoch` (how many are over) and `step`.
         rank: number of this worker, from 0.
         num_workers: how many there are.
         resume_from: checkpoint to go on from.
         on_stop: is given a function that it shall call, from any thread, to end the training with a checkpoint.
+        on_step: is told at rank 0, at most once a second, how an epoch gets on (see `StepReporter`); must not block.
     """
 
     report: Callable[[dict[str, Any], Path | None], None]
@@ -54,16 +58,18 @@ class Worker:
     num_workers: int = 1
     resume_from: Path | None = None
     on_stop: Callable[[Callable[[], None]], None] = lambda request: None
+    on_step: Callable[[dict[str, float]], None] = lambda step: None
 
 
 def fit(
     model_config: PerceiverConfig, config: TrainingConfig, train: ImageArrays, validation: ImageArrays, worker: Worker
 ) -> None:
-    """Trains to the end; what comes of it is in the reports.
+    """Trains to the end; what comes of it is in the reports. A training that has ended before reports nothing.
 
-    Each report has the metrics of an epoch (`epoch`, `loss`, `accuracy`, `top5_accuracy`, the same with `val_`,
-    `learning_rate`, `images_per_second`, `seconds`) and a checkpoint. The last checkpoint holds `model.keras` too: the
-    model with the weights of the epoch whose validation loss was lowest.
+    The report of an epoch has its metrics (`epoch`, `loss`, `accuracy`, `top5_accuracy`, the same with `val_`,
+    `learning_rate`, `seconds`, `num_workers`, `images_per_second` and what else `StepClock.metrics` has) and a
+    checkpoint; `config.checkpoint_every_steps` makes checkpoints within the epoch too. The last checkpoint holds
+    `model.keras` as well: the model with the weights of the epoch whose validation loss was lowest.
 
     Args:
         train: all training rows, of which this worker takes its share of every global batch.
@@ -72,10 +78,12 @@ def fit(
     Raises:
         Interrupted: after a stop was requested and a checkpoint reported.
         NotFinite: if the loss is NaN or infinite; names epoch and step.
+        CheckpointError: if a checkpoint could not be written; names the path.
+        ValueError: if the checkpoint to go on from belongs to another order of rows.
     """
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy() if worker.num_workers > 1 else tf.distribute.get_strategy()
+    strategy = _strategy(config, worker)
     stop = multiworker.StopSignal()  # after the strategy, which must come before all of TensorFlow's operations
     worker.on_stop(stop.request)
     steps = steps_per_epoch(len(train.labels), config.global_batch_size)
@@ -89,10 +97,21 @@ def fit(
                 keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
                 keras.metrics.SparseTopKCategoricalAccuracy(k=5, name="top5_accuracy"),
             ],
-            jit_compile=False,  # XLA has no collectives on CPU devices
+            jit_compile=config.jit_compile,
         )
-        progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else Progress()
-    multiworker.enable(model, stop)
+        order = [config.seed, config.global_batch_size, len(train.labels)]
+        progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else Progress(order=order)
+    if progress.order != order:
+        raise ValueError(
+            f"the checkpoint is of a training with seed, global batch size and rows {progress.order}, this one has "
+            f"{order}: epoch {progress.epoch}, step {progress.step} is another place there; train from the start"
+        )
+    if progress.finished:
+        return
+    peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
+    clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
+    # TensorFlow refuses to look at the clock in a step that has to be deterministic.
+    multiworker.enable(model, stop, None if config.deterministic else clock.note)
 
     stopping: list[keras.callbacks.Callback] = [
         keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)
@@ -103,9 +122,10 @@ def fit(
                 monitor="val_loss", factor=PLATEAU_FACTOR, patience=config.plateau_patience
             )
         )
-    recorder = Recorder(config, worker, stop, progress, stopping, steps)
+    recorder = Recorder(config, worker, stop, progress, stopping, clock, steps)
+    callbacks = [*stopping, clock, *([] if worker.rank else [StepReporter(clock, worker.on_step, steps)]), recorder]
     validation_data = multiworker.distribute(_validation(validation, config, worker), strategy)
-    while not progress.finished:
+    while not recorder.progress.finished:
         # An epoch that was cut off in the middle has fewer steps left than the others, so it is a `fit` of its own.
         steps_left = steps - progress.step
         until = config.epochs if progress.step == 0 else progress.epoch + 1
@@ -117,12 +137,11 @@ def fit(
             steps_per_epoch=steps_left,
             validation_data=validation_data,
             validation_steps=-(-len(validation.labels) // config.global_batch_size),
-            callbacks=[*stopping, recorder],
+            callbacks=callbacks,
             verbose=0,
         )
-    summary = {"finished": True, "history": progress.history}
     if worker.rank:
-        worker.report(summary, None)
+        worker.report(progress.history[-1], None)
         return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder), model, progress)
@@ -130,11 +149,11 @@ def fit(
         final.build((None, *model_config.image_shape))
         final.set_weights(progress.best_weights)
         final.save(Path(folder) / MODEL_FILE)
-        worker.report(summary, Path(folder))
+        worker.report(progress.history[-1], Path(folder))
 
 
 class Recorder(keras.callbacks.Callback):
-    """Reports every epoch with a checkpoint, keeps the best weights, and ends the training when asked to.
+    """Reports epochs and checkpoints, keeps the best weights, and ends the training when asked to.
 
     It stands last among the callbacks, so that what the others did in an epoch is in the checkpoint of that epoch.
     """
@@ -146,12 +165,12 @@ class Recorder(keras.callbacks.Callback):
         stop: multiworker.StopSignal,
         progress: Progress,
         others: list[keras.callbacks.Callback],
+        clock: StepClock,
         steps_per_epoch: int,
     ) -> None:
         super().__init__()
         self.config, self.worker, self.stop, self.progress, self.others = config, worker, stop, progress, others
-        self.steps_per_epoch = steps_per_epoch
-        self._first_step = 0
+        self.clock, self.steps_per_epoch = clock, steps_per_epoch
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         for callback in self.others:  # `fit` has just reset them
@@ -159,40 +178,39 @@ class Recorder(keras.callbacks.Callback):
                 setattr(callback, name, value)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._first_step = self.progress.step
         self._epoch_start = time.perf_counter()
         if self.progress.metrics:
             checkpoint.set_metric_values(self.model, self.progress.metrics)
             self.progress.metrics = []
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        now = time.perf_counter()
         self.progress.step += 1
-        if self.progress.step == self._first_step + 1:
-            self._after_first_step = now  # tracing takes place in the first step of all
-        self._after_last_step = now
         loss = float(np.squeeze((logs or {})["loss"]))
         if not math.isfinite(loss):
             raise NotFinite(
                 f"the training loss is {loss} at epoch {self.progress.epoch + 1}, step {self.progress.step}: "
                 f"lower train.learning_rate = {self.config.learning_rate}"
             )
-        if self.stop.agreed and self.progress.step < self.steps_per_epoch:
+        if self.progress.step == self.steps_per_epoch:
+            return  # the end of the epoch is about to be reported
+        every, stopped = self.config.checkpoint_every_steps, self.stop.agreed
+        if stopped or (every and self.progress.step % every == 0):
             self.progress.metrics = checkpoint.metric_values(self.model)
-            self._report({"epoch": self.progress.epoch, "interrupted": True})
+            self._report({"epoch": self.progress.epoch, "step": self.progress.step})
+            self.progress.metrics = []
+        if stopped:
             raise Interrupted
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        progress, now = self.progress, time.perf_counter()
+        progress = self.progress
         metrics = {name: float(np.squeeze(value)) for name, value in (logs or {}).items()}
-        timed_steps = progress.step - self._first_step - 1
         metrics |= {
             "epoch": epoch + 1,
             "learning_rate": float(self.model.optimizer.learning_rate.numpy()),
-            "seconds": now - self._epoch_start,
-            "images_per_second": timed_steps
-            * self.config.global_batch_size
-            / max(self._after_last_step - self._after_first_step, 1e-9),
+            "seconds": time.perf_counter() - self._epoch_start,
+            "num_workers": self.worker.num_workers,
+            "images_per_second": self.clock.images_per_second,
+            **self.clock.metrics(),
         }
         if metrics["val_loss"] <= min((past["val_loss"] for past in progress.history), default=math.inf):
             progress.best_weights = self.model.get_weights()
@@ -200,8 +218,10 @@ class Recorder(keras.callbacks.Callback):
         progress.epoch, progress.step = epoch + 1, 0
         progress.finished = self.model.stop_training or progress.epoch == self.config.epochs
         progress.callbacks = {type(c).__name__: _state(c) for c in self.others}
+        if progress.finished:
+            return  # `fit` reports it, with the model
         self._report(metrics)
-        if self.stop.agreed and not progress.finished:
+        if self.stop.agreed:
             raise Interrupted
 
     def _report(self, metrics: dict[str, Any]) -> None:
@@ -213,6 +233,15 @@ class Recorder(keras.callbacks.Callback):
             self.worker.report(metrics, Path(folder))
 
 
+def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:
+    if worker.num_workers == 1:
+        return tf.distribute.get_strategy()
+    communication = tf.distribute.experimental.CommunicationImplementation
+    implementation = communication.NCCL if config.use_gpu else communication.AUTO
+    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+
 def _state(callback: keras.callbacks.Callback) -> dict[str, float | None]:
     values = {name: getattr(callback, name, None) for name in CALLBACK_STATE if hasattr(callback, name)}
     return {name: None if value is None else float(value) for name, value in values.items()}
@@ -222,13 +251,15 @@ def _training(train: ImageArrays, config: TrainingConfig, worker: Worker, progre
     """This worker's share of the global batches from where `progress` is, without end: (b, H, W, C) uint8, (b,)."""
     share = config.global_batch_size // worker.num_workers
     epoch, step = progress.epoch, progress.step
-    return tf.data.Dataset.from_generator(
+    batches = tf.data.Dataset.from_generator(
         lambda: train_batches(train, config, rank=worker.rank, num_workers=worker.num_workers, epoch=epoch, step=step),
         output_signature=(
             tf.TensorSpec((share, *train.images.shape[1:]), tf.uint8),
             tf.TensorSpec((share,), tf.int32),
         ),
-    ).prefetch(PREFETCHED_BATCHES)
+    )
+    # The generator has no end. TensorFlow does not know, and would ask all workers in every step for another batch.
+    return batches.repeat().prefetch(PREFETCHED_BATCHES)
 
 
 def _validation(validation: ImageArrays, config: TrainingConfig, worker: Worker) -> tf.data.Dataset:

@@ -1,58 +1,87 @@
-"""What Keras 3 lacks to `fit` and `evaluate` on several workers under MultiWorkerMirroredStrategy; nothing else.
+"""What Keras 3 lacks to `fit`, `evaluate` and `predict` on several workers under MultiWorkerMirroredStrategy.
 
-Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). Two steps mend it:
+Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). One call mends it:
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    keras.utils.set_random_seed(0)  # the same on every worker, for data are shuffled on each
     with strategy.scope():
         model = ...
         model.compile(...)
     multiworker.enable(model)
-    model.fit(multiworker.distribute(local_dataset, strategy), validation_data=..., ...)
+    model.fit(x, y, batch_size=128, validation_data=(x_val, y_val), ...)
 
-`local_dataset` yields this worker's share of every global batch: all workers the same number of batches, of sizes that
-may differ in validation. Quickest are endless data sets with `steps_per_epoch` and `validation_steps`, see `enable`.
-It needs neither Ray nor the rest of this project, only TF_CONFIG. All private names of Keras that the project touches
-are in this module; `check_keras` says which.
+Arrays and `tf.data.Dataset`s are given as to one process: all rows, in global batches, in the same order on every
+worker, each of which takes its share. A worker that holds only its own rows gives `distribute(its_batches, strategy)`.
+
+It needs neither Ray nor the rest of this project, only TF_CONFIG. docs/multiworker.md says what works, what is refused
+and why. All private names of Keras that the project touches are in this module; `check_keras` knows them.
 """
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.tensorflow import optimizer as keras_optimizer
 from keras.src.backend.tensorflow import trainer as keras_trainer
+from tensorflow.python.distribute import collective_all_reduce_strategy
 
-# What `enable` overrides or calls, and the parameters that each has in the Keras that it was written for.
-PRIVATE_NAMES = {
-    "_maybe_symbolic_build": ("self", "iterator", "data_batch"),
-    "_symbolic_build": ("self", "iterator", "data_batch"),
+_Trainer = keras_trainer.TensorFlowTrainer
+_Optimizer = keras_optimizer.TFOptimizer
+
+# What is overridden or called: where it is, and its parameters in the Keras that this module was written for.
+PRIVATE_NAMES: dict[str, tuple[type, tuple[str, ...]]] = {
+    # Reduces the inputs over the workers, which fails: https://github.com/keras-team/keras/issues/20585
+    "_maybe_symbolic_build": (_Trainer, ("self", "iterator", "data_batch")),
+    "_symbolic_build": (_Trainer, ("self", "iterator", "data_batch")),
+    # Their functions reduce scalar logs along an axis, which fails: the same issue.
+    "make_train_function": (_Trainer, ("self", "force")),
+    "make_test_function": (_Trainer, ("self", "force")),
+    "_autoconvert_optionals": (_Trainer, ("self", "step_func")),
+    # Clips and accumulates what one worker has and sums it over all of them only then, within a condition if it
+    # accumulates, which fails: https://github.com/keras-team/keras/issues/20582
+    "_backend_apply_gradients": (_Optimizer, ("self", "grads", "trainable_variables")),
+    "_all_reduce_sum_gradients": (_Optimizer, ("self", "grads_and_vars")),
+    # Whether variables are updated by way of all replicas of a worker, which fails within a condition: the same issue.
+    "_use_merge_call": (collective_all_reduce_strategy.CollectiveAllReduceExtended, ("self",)),
+    "_flatten_layers": (keras.Layer, ("self", "include_self", "recursive")),
 }
+# Attributes that are read, which `check_keras` looks for on objects that it makes.
+PRIVATE_ATTRIBUTES = {
+    "Model": ("_loss_tracker", "_compile_loss", "_call_has_training_arg", "_seed_generators"),
+    "TFEpochIterator": ("_distributed_dataset", "_interrupted_warning", "steps_per_epoch", "reset"),
+    "ArrayDataAdapter": ("_shuffle",),
+}
+
+# The means over the rows of a batch: what the weighting of workers by their rows is right for.
+MEANS = ("sum_over_batch_size", "mean")
+# Odd and large, so that layers with neighbouring seeds do not have one another's masks on other workers.
+SEED_STRIDE = 0x9E3779B1
+# What TensorFlow takes where `tf.random.set_seed` was not called.
+UNSET_SEED = 87654321
 
 
 class StopSignal:
     """A request to stop that all workers see after the same step.
 
-    Any thread of any worker may `request`; the next training step sums the requests over all workers, so that none goes
-    on into a collective operation that the others never join.
+    Any thread of any worker may `request`. The requests travel with the gradients of the next training step, so that
+    none goes on into a collective operation that the others never join.
     """
 
     def __init__(self) -> None:
         # Made outside of any strategy scope: one plain variable a process.
-        self._requested = tf.Variable(0.0, trainable=False)
-        self._agreed = tf.Variable(0.0, trainable=False)
+        self.requested = tf.Variable(0.0, trainable=False)
+        self.sum_over_workers = tf.Variable(0.0, trainable=False)
 
     def request(self) -> None:
-        self._requested.assign(1.0)
-
-    def exchange(self) -> None:
-        """Sums the requests over all workers; called inside a training step, in replica context."""
-        replica = tf.distribute.get_replica_context()
-        self._agreed.assign(replica.all_reduce(tf.distribute.ReduceOp.SUM, self._requested.read_value()))
+        self.requested.assign(1.0)
 
     @property
     def agreed(self) -> bool:
         """Whether the last step found a request at any worker: the same answer at all of them."""
-        return bool(self._agreed.numpy() > 0)
+        return bool(self.sum_over_workers.numpy() > 0)
 
 
 def check_keras() -> None:
@@ -61,76 +90,404 @@ def check_keras() -> None:
     Raises:
         RuntimeError: if one is gone or takes other parameters; names it and the Keras version.
     """
-    trainer = keras_trainer.TensorFlowTrainer
-    for name, expected in PRIVATE_NAMES.items():
-        method = getattr(trainer, name, None)
+    remedy = "read the Keras source beside it and adapt pipeline/multiworker.py, or pin Keras 3.15"
+    for name, (owner, expected) in PRIVATE_NAMES.items():
+        method = getattr(owner, name, None)
         found = tuple(inspect.signature(method).parameters) if method else None
         if found != expected:
             raise RuntimeError(
-                f"Keras {keras.__version__} has {name}{found}, but pipeline/multiworker.py was written for "
-                f"{name}{expected}: read keras/src/backend/tensorflow/trainer.py and adapt `enable`, or pin Keras 3.15"
+                f"Keras {keras.__version__} has {owner.__name__}.{name}{found} instead of {expected}: {remedy}"
             )
-    if not hasattr(keras_trainer, "reduce_per_replica"):
-        raise RuntimeError(
-            f"Keras {keras.__version__} has no reduce_per_replica in its TensorFlow trainer any more: see whether "
-            "scalar logs are now reduced correctly over workers, and adapt `enable`"
-        )
+    model = keras.Sequential([keras.layers.Input((1,)), keras.layers.Dropout(0.5)])
+    model.compile(loss="mse")
+    iterator = keras_trainer.TFEpochIterator(x=tf.zeros((1, 1)), distribute_strategy=tf.distribute.get_strategy())
+    for made in (model, iterator, iterator.data_adapter):
+        kind = next(cls.__name__ for cls in type(made).__mro__ if cls.__name__ in PRIVATE_ATTRIBUTES)
+        for name in PRIVATE_ATTRIBUTES[kind]:
+            if not hasattr(made, name):
+                raise RuntimeError(f"Keras {keras.__version__} has no {kind}.{name}: {remedy}")
+    if len(model.layers[-1]._seed_generators) != 1:
+        raise RuntimeError(f"Keras {keras.__version__} keeps seeds elsewhere than in _seed_generators: {remedy}")
 
 
-def enable(model: keras.Model, stop: StopSignal | None = None) -> None:
-    """Makes `fit` and `evaluate` of a compiled model work under the MultiWorkerMirroredStrategy it was made in.
+def enable(model: keras.Model, stop: StopSignal | None = None, note: Callable[[str, Any], None] | None = None) -> None:
+    """Makes `fit`, `evaluate` and `predict` of a compiled model work under the strategy that it was made in.
+
+    Whatever the number of workers and their rows in a batch, loss, metrics, gradients and thus weights are those of the
+    global batch; gradients are clipped, accumulated and looked at for infinities after they were summed. Random layers
+    draw other numbers on every worker. With `compile(jit_compile=True)` XLA compiles the forward and backward pass, and
+    the collectives, which it does not have on a CPU, stay outside.
 
     The methods are replaced on the instance, so the class, and with it a saved `.keras` file, stays what it was. A
-    model that was made without a strategy trains as before, only that its metrics are built before the first step.
+    model that was made without a strategy trains as before, but for sparse gradients: they become dense everywhere.
 
     Args:
-        model: a model built and compiled inside `strategy.scope()`.
+        model: compiled inside `strategy.scope()`; call again after another `compile`.
         stop: exchanged over the workers in every training step, if given.
+        note: called in every training step, outside of what XLA compiles, with the name of a moment and tensors that
+            are there by then: "data" and the batch; with several workers also "reduce" before the gradients are summed
+            over them and "reduced" after. For operations that measure, say.
 
     Raises:
         RuntimeError: if the installed Keras does not have the private names that this relies on.
+        ValueError: if the model has what would be silently different on several workers; names it and the remedy.
     """
     check_keras()
-    strategy = model.distribute_strategy
-    train_step, test_step, symbolic_build = model.train_step, model.test_step, model._maybe_symbolic_build
+    _MultiWorker(model, stop, note or (lambda moment, tensors: None)).take_over()
 
-    def maybe_symbolic_build(iterator: Any = None, data_batch: Any = None) -> None:
-        # Keras would reduce the *inputs* over all replicas here, which fails; one replica's batch has the shapes.
+
+def distribute(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
+    """A data set of this worker's batches as something that `fit` does not divide again.
+
+    A global batch is what all workers yield in a step. Workers may yield batches of different sizes, and different
+    numbers of them: one that has run out takes part with empty batches until the last one has. Endless data sets
+    (`.repeat()`, with `steps_per_epoch`) save the question to all others, in every step, whether they have a batch.
+
+    Args:
+        dataset: batches (x, y) or (x, y, sample_weight) of this worker.
+        strategy: the one that the model was made in; any other than MultiWorkerMirroredStrategy takes `dataset` as is.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return dataset
+    if dataset.cardinality() != tf.data.INFINITE_CARDINALITY:
+        # A filter makes it unknown: Keras would end every worker's epoch by its own number of batches.
+        dataset = dataset.filter(lambda *_: True)
+    return strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+class _MultiWorker:
+    """What `enable` puts in the place of a model's methods.
+
+    Methods whose name ends in `_step` and those they call run in replica context, once for every worker.
+    """
+
+    def __init__(self, model: keras.Model, stop: StopSignal | None, note: Callable[[str, Any], None]) -> None:
+        self.model, self.stop, self.note = model, stop, note
+        self.strategy: tf.distribute.Strategy = model.distribute_strategy
+        self.num_replicas: int = self.strategy.num_replicas_in_sync
+        self.synchronizes_in_forward = False
+        self.built_for: Any = None
+        self.keras_train_step, self.keras_test_step = model.train_step, model.test_step
+        self.keras_symbolic_build = type(model)._maybe_symbolic_build.__get__(model)
+        if self.num_replicas > 1:
+            self._refuse_what_would_differ()
+        if model.jit_compile and type(model).train_step is keras.Model.train_step:
+            self.keras_train_step = self._xla_train_step()
+
+    def take_over(self) -> None:
+        model = self.model
+        model._maybe_symbolic_build = self._symbolic_build
+        model.make_train_function = self._make_train_function
+        model.make_test_function = self._make_test_function
+        model.train_function = model.test_function = None
+        for layer in model._flatten_layers():
+            for generator in layer._seed_generators:
+                _draw_by_replica(generator)
+
+    def _refuse_what_would_differ(self) -> None:
+        model = self.model
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+                if not layer.synchronized:
+                    raise ValueError(
+                        f"{layer.name} would normalise every worker's rows by themselves: make it "
+                        "BatchNormalization(synchronized=True), or freeze it with trainable = False"
+                    )
+                self.synchronizes_in_forward = True
+        for loss in tf.nest.flatten(model.loss):
+            reduction = getattr(loss, "reduction", MEANS[0])
+            if reduction not in MEANS:
+                raise ValueError(
+                    f"{loss} has reduction={reduction!r}, which is not a mean over rows and depends on how they are "
+                    f"divided among the workers: take one of {MEANS}"
+                )
+        if model.jit_compile and self.synchronizes_in_forward:
+            raise ValueError(
+                "BatchNormalization(synchronized=True) communicates within the forward pass, which XLA cannot on every "
+                "device: compile with jit_compile=False, or use another normalisation"
+            )
+        if model.jit_compile and type(model).train_step is not keras.Model.train_step:
+            raise ValueError(
+                f"{type(model).__name__} has a train_step of its own, of which the forward and backward pass cannot be "
+                "told apart for XLA: override compute_loss instead, or compile with jit_compile=False"
+            )
+
+    # What `fit` and `evaluate` call
+
+    def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         if iterator is None:
-            symbolic_build(data_batch=data_batch)
+            self.keras_symbolic_build(data_batch=data_batch)
             return
         if "reset" in vars(iterator):  # seen before, see below
             return
-        _, _, batches = next(iter(iterator))
-        local = tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], next(batches))
-        with strategy.scope():
-            model._symbolic_build(data_batch=local)
-        if iterator.steps_per_epoch:
+        if self.built_for is not self.model._loss_tracker:  # each `compile` makes a new one
+            if getattr(iterator.data_adapter, "_shuffle", False):
+                self._check_seeds()
+            _, _, batches = next(iter(iterator))
+            local = tf.nest.map_structure(
+                lambda value: self.strategy.experimental_local_results(value)[0], next(batches)
+            )
+            with self.strategy.scope():
+                self.model._symbolic_build(data_batch=local)
+            self.built_for = self.model._loss_tracker
+        cardinality = iterator._distributed_dataset.cardinality  # a property of a distributed one, else a method
+        cardinality = cardinality() if callable(cardinality) else cardinality
+        if cardinality == tf.data.UNKNOWN_CARDINALITY and not iterator.steps_per_epoch:
+            iterator._interrupted_warning = lambda: None  # it only learns how many batches there are
+        if cardinality == tf.data.INFINITE_CARDINALITY:
             # `fit` comes back with the same iterator for every validation and then resets it. To let an old iterator of
             # tf.data go can take a worker up to a minute, in which all others wait for it: its destructor waits for the
             # autotuner, which sleeps the longer the longer it has run. So one over endless data just goes on.
             iterator.reset()
             iterator.reset = lambda: None
 
-    def vector_logs(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
-        # Keras reduces logs with `strategy.reduce("MEAN", value, axis=0)`, an axis that a scalar does not have.
-        return {name: tf.reshape(value, [1]) for name, value in logs.items()}
+    def _make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, tf.Tensor]]:
+        if self.model.train_function is None or force:
+            self.model.train_function = self._make_function(self._train_step)
+        return self.model.train_function
 
-    def training(data: Any) -> dict[str, tf.Tensor]:
-        if stop is not None:
-            stop.exchange()
-        return vector_logs(train_step(data))
+    def _make_test_function(self, force: bool = False) -> Callable[[Any], dict[str, tf.Tensor]]:
+        if self.model.test_function is None or force:
+            self.model.test_function = self._make_function(self._test_step)
+        return self.model.test_function
 
-    def testing(data: Any) -> dict[str, tf.Tensor]:
-        return vector_logs(test_step(data))
+    def _make_function(self, step: Callable[[Any], Any]) -> Callable[[Any], dict[str, tf.Tensor]]:
+        """A function that takes `steps_per_execution` steps with an iterator and returns logs over all workers."""
+        strategy, steps = self.strategy, self.model.steps_per_execution
+        run = self.model._autoconvert_optionals(lambda data: strategy.run(step, args=(data,)))
 
-    model._maybe_symbolic_build = maybe_symbolic_build
-    model.train_step = training
-    model.test_step = testing
+        def next_step(iterator: Any, count: tf.Tensor, logs: Any) -> tuple[tf.Tensor, tf.Tensor, Any]:
+            data = iterator.get_next_as_optional()
+            more = data.has_value()
+            return count + 1, more, tf.cond(more, lambda: run(data.get_value()), lambda: logs)
+
+        def one_step(data: Any) -> dict[str, tf.Tensor]:
+            return strategy.run(self._logs_step, args=(run(data),))
+
+        def several_steps(iterator: Any) -> dict[str, tf.Tensor]:
+            logs = run(iterator.get_next())
+            if steps > 1:
+                _, _, logs = tf.while_loop(
+                    lambda count, more, logs: more & (count < steps),
+                    lambda count, more, logs: next_step(iterator, count, logs),
+                    (1, True, logs),
+                )
+            return strategy.run(self._logs_step, args=(logs,))
+
+        if not self.model.run_eagerly:
+            one_step = tf.function(one_step, reduce_retracing=True, autograph=False)
+            several_steps = tf.function(several_steps, reduce_retracing=True, autograph=False)
+
+        def function(iterator: Any) -> dict[str, tf.Tensor]:
+            if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+                return several_steps(iterator)
+            return one_step(next(iterator))  # of `train_on_batch`
+
+        return function
+
+    def _check_seeds(self) -> None:
+        """Raises a ValueError unless all workers have set the same global seed, and so shuffle arrays alike."""
+        if self.num_replicas == 1:
+            return
+        seed = tf.compat.v1.get_seed(0)[0]  # of the operation's seed 0: draws nothing
+        seeds = self.strategy.gather(tf.constant([seed], tf.int64), axis=0).numpy().tolist()
+        if seed == UNSET_SEED or len(set(seeds)) > 1:
+            raise ValueError(
+                "the workers would shuffle the rows differently, and train on some twice and on others never: call "
+                "keras.utils.set_random_seed with the same seed on every worker, or give fit shuffle=False"
+            )
+
+    # Steps
+
+    def _train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        self.note("data", data)
+        rows = _rows(data)
+        with self._gradients_of_global_batch(rows), self._metrics_by_rows(rows):
+            return self.keras_train_step(data)
+
+    def _test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        with self._metrics_by_rows(_rows(data)):
+            return self.keras_test_step(data)
+
+    def _xla_train_step(self) -> Callable[[Any], dict[str, tf.Tensor]]:
+        """Keras's train_step with the forward and backward pass, and no more, compiled by XLA."""
+        model = self.model
+
+        @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+        def forward_backward(x: Any, y: Any, sample_weight: Any) -> Any:
+            with tf.GradientTape() as tape:
+                y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+                loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+                scaled = model.optimizer.scale_loss(loss)
+            return y_pred, loss, tape.gradient(scaled, model.trainable_weights)
+
+        def train_step(data: Any) -> dict[str, tf.Tensor]:
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            y_pred, loss, gradients = forward_backward(x, y, sample_weight)
+            # Keras divides the loss by the number of replicas, so that their gradients need only be summed.
+            model._loss_tracker.update_state(loss * self.num_replicas, sample_weight=_rows(data))
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+        return train_step
+
+    @contextlib.contextmanager
+    def _gradients_of_global_batch(self, rows: int | tf.Tensor) -> Iterator[None]:
+        """Within it the optimizer gets the gradient of the mean over all workers' rows, the same on all of them."""
+        optimizer, extended = self.model.optimizer, self.strategy.extended
+        weight = tf.cast(rows, tf.float32)
+        scale_loss, apply, backend_apply = optimizer.scale_loss, optimizer.apply, _Optimizer._backend_apply_gradients
+        if self.synchronizes_in_forward:
+            # A worker's loss then depends on the others' rows, so that it must be weighted before it is differentiated.
+            share = self.num_replicas * weight / self._sum(weight)
+            weight = tf.constant(1.0)
+
+        def scale_weighted_loss(loss: tf.Tensor) -> tf.Tensor:
+            return scale_loss(loss * tf.cast(share, loss.dtype))
+
+        def apply_summed(gradients: Any, trainable_variables: Any = None) -> None:
+            variables = self.model.trainable_variables if trainable_variables is None else list(trainable_variables)
+            apply(self._sum_gradients(gradients, variables, weight), trainable_variables)
+
+        def update_here(inner: Any, gradients: Any, trainable_variables: Any) -> None:
+            # All workers have the same gradients by now, and update their variables alike without another word.
+            with _replaced(extended, "_use_merge_call", lambda: False):
+                backend_apply(inner, gradients, trainable_variables)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(optimizer, "apply", apply_summed))
+            if self.synchronizes_in_forward:
+                stack.enter_context(_replaced(optimizer, "scale_loss", scale_weighted_loss))
+            # On the class, for the optimizer may have others inside it.
+            stack.enter_context(_replaced(_Optimizer, "_backend_apply_gradients", update_here))
+            stack.enter_context(_replaced(_Optimizer, "_all_reduce_sum_gradients", lambda _, pairs: list(pairs)))
+            yield
+
+    def _sum_gradients(
+        self, gradients: Any, variables: list[keras.Variable], weight: tf.Tensor
+    ) -> list[tf.Tensor | None]:
+        """Mean of the workers' gradients, dense and weighted by `weight`; the requests to stop go along."""
+        gradients = list(gradients)
+        # Where the number of rows is unknown, TensorFlow loses the shapes of some gradients on the way.
+        dense = [
+            tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
+            for gradient, variable in zip(gradients, variables, strict=True)
+            if gradient is not None
+        ]
+        requested = self.stop.requested.read_value() if self.stop else tf.constant(0.0)
+        if self.num_replicas == 1:
+            means, requests = dense, requested
+        else:
+            means, requests = self._means_over_workers(dense, weight, requested)
+        if self.stop:
+            self.stop.sum_over_workers.assign(requests)
+        remaining = iter(means)
+        return [None if gradient is None else next(remaining) for gradient in gradients]
+
+    def _means_over_workers(
+        self, dense: list[tf.Tensor], weight: tf.Tensor, requested: tf.Tensor
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Weighted means of tensors, and the sum of `requested`: one vector is sent."""
+        # An empty batch may have NaN for a gradient.
+        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, tf.float32), weight) for gradient in dense]
+        packed = _packed([*weighted, weight, requested])
+        self.note("reduce", packed)
+        packed = self._sum(packed)
+        self.note("reduced", packed)
+        *sums, weights, requests = _unpacked(packed, [*weighted, weight, weight])
+        factor = self.num_replicas / weights
+        return [tf.cast(total * factor, gradient.dtype) for total, gradient in zip(sums, dense, strict=True)], requests
+
+    @contextlib.contextmanager
+    def _metrics_by_rows(self, rows: int | tf.Tensor) -> Iterator[None]:
+        """Within it every output's loss counts by its rows, and an empty batch changes no metric."""
+        compile_loss = self.model._compile_loss
+        variables = self._metric_variables()
+        before = [tf.identity(variable.value) for variable in variables]
+        with contextlib.ExitStack() as stack:
+            for tracker in compile_loss.metrics if compile_loss else []:
+                stack.enter_context(_replaced(tracker, "update_state", _weighted_by(rows, tracker.update_state)))
+            yield
+        if not isinstance(rows, int):
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(tf.where(rows > 0, variable.value, value))  # the mean over no rows is NaN
+
+    def _logs_step(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The metrics over all workers; of those that a train_step of one's own returns besides, the workers' mean."""
+        variables = self._metric_variables()
+        values = iter(_unpacked(self._sum(_packed([v.value for v in variables])), variables))
+        results = _flat(
+            {
+                metric.name: metric.stateless_result([next(values) for _ in metric.variables])
+                for metric in self.model.metrics
+            }
+        )
+        logs = _flat(logs)
+        if set(results) == set(logs):
+            return results
+        return {name: self._sum(value) / self.num_replicas for name, value in logs.items()}
+
+    def _metric_variables(self) -> list[keras.Variable]:
+        return [variable for metric in self.model.metrics for variable in metric.variables]
+
+    def _sum(self, value: tf.Tensor) -> tf.Tensor:
+        return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
-def distribute(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
-    """`dataset` as it is, as this worker's share; `fit` would take it for global batches and divide it again."""
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return dataset
-    return strategy.distribute_datasets_from_function(lambda _: dataset)
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = vars(owner).get(name)  # none if it comes from a class
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def _rows(data: Any) -> int | tf.Tensor:
+    """Number of rows in a batch; a tensor if it may be another one in every step."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    first = next(value for value in tf.nest.flatten(x) if value is not None)
+    return first.shape[0] or tf.shape(first)[0]
+
+
+def _flat(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
+    """Logs without the names of metrics that are many."""
+    return {
+        inner: item
+        for name, value in logs.items()
+        for inner, item in (value if isinstance(value, dict) else {name: value}).items()
+    }
+
+
+def _weighted_by(rows: int | tf.Tensor, update_state: Callable[..., None]) -> Callable[..., None]:
+    return lambda value, sample_weight=None: update_state(value, sample_weight=rows)
+
+
+def _packed(values: list[Any]) -> tf.Tensor:
+    """One float32 vector."""
+    return tf.concat([tf.reshape(tf.cast(value, tf.float32), [-1]) for value in values], axis=0)
+
+
+def _unpacked(packed: tf.Tensor, like: list[Any]) -> list[tf.Tensor]:
+    parts = tf.split(packed, [value.shape.num_elements() for value in like])
+    return [tf.cast(tf.reshape(part, value.shape), value.dtype) for part, value in zip(parts, like, strict=True)]
+
+
+def _draw_by_replica(generator: keras.random.SeedGenerator) -> None:
+    """Lets a generator draw other numbers on every replica, while its state, which is saved, is the same on all."""
+    if "next" in vars(generator):
+        return
+    draw = generator.next
+
+    def next_of_replica(ordered: bool = True) -> tf.Tensor:
+        seed = draw(ordered)
+        replica = tf.distribute.get_replica_context()
+        if replica is None:
+            return seed
+        return seed + tf.cast(replica.replica_id_in_sync_group, seed.dtype) * tf.constant([SEED_STRIDE, 0], seed.dtype)
+
+    generator.next = next_of_replica

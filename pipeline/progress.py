@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines on a terminal with a spinner below them, plain lines elsewhere."""
+"""What a person sees while a run goes on: lines on a terminal with a live line below them, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,26 @@ from pipeline.config import PipelineConfig
 
 # In a log, lines are not folded at the width of a terminal that is not there.
 PLAIN_WIDTH = 200
+# Seconds between the lines that tell in a log how an epoch gets on.
+PLAIN_SECONDS = 60.0
 
 
 class Progress:
-    """Prints how the tasks of a run get on."""
+    """Prints how the tasks of a run get on.
 
-    def __init__(self, config: PipelineConfig) -> None:
+    Args:
+        config: of the run.
+        console: where to; standard output if not given.
+    """
+
+    def __init__(self, config: PipelineConfig, console: Console | None = None) -> None:
         self.config = config
-        self.console = make_console()
+        self.console = console or make_console()
         self._status = self.console.status("starting")
         self._start = time.monotonic()
         self._trials: dict[str, int] = {}
+        self._steps: _Steps | None = None
+        self._last_plain = self._start
 
     def __enter__(self) -> "Progress":
         self._status.start()
@@ -45,6 +54,10 @@ class Progress:
         self.say(f"[green]{name:10}[/green] done in {manifest['seconds']:.1f} s")
 
     def event(self, event: dict[str, Any]) -> None:
+        """The metrics of an epoch, or how the epoch gets on."""
+        if "step" in event:
+            self._show_step(event["task"], event["step"])
+            return
         metrics = event["metrics"]
         epoch = f"epoch {metrics['epoch']}"
         if event["task"] == "search":
@@ -53,16 +66,65 @@ class Progress:
             epoch = f"trial {number}/{self.config.search.num_trials} ({values}) {epoch}/{self.config.search.epochs}"
         else:
             epoch += f"/{self.config.train.epochs}"
+        self._last_plain = time.monotonic()
         self.say(
             f"{event['task']:10} {epoch}: loss {metrics['loss']:.4f}, val_loss {metrics['val_loss']:.4f}, "
             f"val_accuracy {metrics['val_accuracy']:.4f}, {metrics['images_per_second']:.0f} images/s"
         )
+
+    def _show_step(self, task: str, step: Mapping[str, Any]) -> None:
+        """The live line; where there is none, now and then a plain line."""
+        if self._steps is None or step["epoch"] < self._steps.epoch:  # the first, or the workers were started again
+            self._steps = _Steps(self.config.train.epochs)
+        line = f"{task:10} {self._steps.line(step)}"
+        if self.console.is_terminal:
+            self._status.update(line)
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self.say(line)
+
+
+class _Steps:
+    """A training from the first step that was seen of it: the time that is left follows from the steps since then.
+
+    Validation and checkpoints are in that time, as soon as an epoch has ended.
+    """
+
+    def __init__(self, num_epochs: int) -> None:
+        self.num_epochs, self.epoch = num_epochs, 0
+        self._first: tuple[float, int] | None = None
+
+    def line(self, step: Mapping[str, Any]) -> str:
+        now, self.epoch = time.monotonic(), step["epoch"]
+        done = (step["epoch"] - 1) * step["steps"] + step["step"]
+        if self._first is None:
+            self._first = now, done
+        start, before = self._first
+        left = "?"
+        if done > before:
+            left = _duration((now - start) / (done - before) * (self.num_epochs * step["steps"] - done))
+        parts = [
+            f"epoch {step['epoch']}/{self.num_epochs}",
+            f"step {step['step']}/{step['steps']}",
+            f"{step['images_per_second']:.0f} images/s",
+            f"loss {step['loss']:.4f}",
+            f"accuracy {step['accuracy']:.4f}",
+            f"{left} left",
+        ]
+        return ", ".join(parts)
 
 
 def make_console() -> Console:
     """A console for standard output."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _short(value: Any) -> str:

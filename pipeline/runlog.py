@@ -43,7 +43,8 @@ class RunLog:
         self._background.submit(self._run, task)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        self._background.submit(self._log_event, event)
+        if "metrics" in event:  # how an epoch gets on is for the display only
+            self._background.submit(self._log_event, event)
 
     def done(self, task: str, manifest: Mapping[str, Any]) -> None:
         self._background.submit(self._log_done, task, manifest)

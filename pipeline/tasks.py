@@ -56,6 +56,8 @@ def search(context: Context) -> dict[str, Any]:
     settings = context.config.search
     model, train = trained_configs(context.config, manifest)
     train = replace(train, epochs=settings.epochs, num_workers=1, cpus_per_worker=settings.cpus_per_trial)
+    # A trial has a checkpoint at the end of each epoch, where Tune takes one.
+    train = replace(train, checkpoint_every_steps=0)
     driver = functools.partial(_run_trial, model=model, train=train, board=context.board)
     return search(driver, data, settings, storage_path=context.storage.absolute(context.state), name="tune")
 
@@ -178,7 +180,9 @@ def _trials(config: PipelineConfig) -> str:
 
 def _workers(config: PipelineConfig) -> str:
     gpu = " and a GPU" if config.train.use_gpu else ""
-    return f"{config.train.num_workers} workers, {config.train.cpus_per_worker:g} CPU{gpu} each"
+    least, most = config.train.min_workers, config.train.max_workers
+    count = f"{least}" if least == most else f"{least} to {most}"
+    return f"{count} workers, {config.train.cpus_per_worker:g} CPU{gpu} each"
 
 
 def _ingest_section(config: PipelineConfig) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 `train_in_process` is the same training in the calling process, for trials.
 """
 
-import contextlib
+import json
+import math
 import os
 import statistics
+import tempfile
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +17,28 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.tensorflow import TensorflowTrainer
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from perceiver.config import PerceiverConfig
+from pipeline import ray_internals
 from pipeline.batches import ImageArrays
 from pipeline.board import Board
+from pipeline.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
 from pipeline.config import TrainingConfig
 from pipeline.preprocess import materialize_split, to_arrays
 from pipeline.storage import Storage
+from pipeline.tensorflow_backend import TensorFlowConfig, WorkerError
 from pipeline.workflow import StoppedEarly
 
-NUM_CHECKPOINTS_KEPT = 2
 # A worker group that cannot start (no room, a broken environment) is tried this often, not for ever.
 MAX_START_FAILURES = 3
+# How often Ray's controller asks the workers: a death, a report and the end are seen that much later.
+POLL_SECONDS = 0.5
+# How often an elastic worker group is held against what the cluster has.
+RESIZE_SECONDS = 30.0
+# How long one waits for room of which Ray says that it is there; Ray's own 60 s hold for groups of a fixed size.
+ELASTIC_START_SECONDS = 20.0
 
 
 class TrainingError(RuntimeError):
@@ -51,28 +64,37 @@ def train(
 
     Returns:
         `history` (metrics of every epoch), `images_per_second` (median over the epochs), `epochs`, `best_epoch`,
-        `num_workers` and `checkpoint`, the storage path of a folder that holds `model.keras`.
+        `num_workers` (those that trained last) and `checkpoint`, the storage path of a folder that holds `model.keras`.
 
     Raises:
         CorruptShardError: if a shard is not what the manifest says.
         StoppedEarly: after a stop request.
-        TrainingError: if the loss became NaN or infinite.
+        TrainingError: if the loss became NaN or infinite, or workers have died or could not start too often.
     """
-    trainer = TensorflowTrainer(
+    ray_internals.check_ray()
+    os.environ.setdefault(ray_internals.POLL_SECONDS_VARIABLE, str(POLL_SECONDS))
+    start_failures = MAX_START_FAILURES
+    if config.min_workers < config.max_workers:
+        # Ray learns late that a host is gone, and first waits for room on it: one start that fails for each host lost.
+        os.environ.setdefault(ray_internals.START_SECONDS_VARIABLE, str(ELASTIC_START_SECONDS))
+        start_failures += config.max_failures
+    store = CheckpointStore(storage, f"{state}/checkpoints", config.checkpoints_kept)
+    trainer = DataParallelTrainer(
         train_loop_per_worker=train_loop_per_worker,
-        train_loop_config={"model": asdict(model), "train": asdict(config), "board": board},
+        train_loop_config={"model": asdict(model), "train": asdict(config), "board": board, "store": store},
+        backend_config=TensorFlowConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name="checkpoints",
+            name="ray-train",
             storage_path=storage.absolute(state),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=NUM_CHECKPOINTS_KEPT),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures,
-                controller_failure_limit=MAX_START_FAILURES,  # type: ignore[call-arg]  # Ray types it as the old class
+                controller_failure_limit=start_failures,  # type: ignore[call-arg]
             ),
         ),
         # Every worker sees all rows and takes its share of each global batch by rank: which rows a step trains on then
@@ -80,54 +102,124 @@ def train(
         datasets={split: materialize_split(manifest, split, storage) for split in ("train", "validation")},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
-    result = trainer.fit()
-    last = result.metrics or {}
-    if last.get("interrupted"):
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(_why(error)) from error
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+    checkpoint = store.path(outcome["checkpoint"])
+    progress = storage.read_json(f"{checkpoint}/{STATE_FILE}")
+    if not progress["finished"]:
         raise StoppedEarly
-    if "error" in last:
-        raise TrainingError(last["error"])
-    assert result.checkpoint is not None
-    history = last["history"]
+    history = progress["history"]
     return {
         "history": history,
         "epochs": len(history),
         "best_epoch": min(history, key=lambda epoch: epoch["val_loss"])["epoch"],
         "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
-        "num_workers": config.num_workers,
-        "checkpoint": f"{state}/checkpoints/{Path(result.checkpoint.path).name}",
+        "num_workers": outcome["num_workers"],
+        "checkpoint": checkpoint,
     }
 
 
-def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs; `settings` has `model`, `train` (plain dicts) and `board`."""
+def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs; `settings` has `model`, `train` (plain dicts), `board` and `store`.
+
+    Of an elastic group as many workers train as divide the global batch; the others stand by.
+
+    Returns:
+        `num_workers` that trained and the name of the last `checkpoint`, or `error` where it is no use to try again.
+    """
     context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    config = TrainingConfig(**settings["train"])
     board: Board = settings["board"]
+    store: CheckpointStore = settings["store"]
+    rank, num_workers = context.get_world_rank(), config.usable_workers(context.get_world_size())
+    some_stand_by = num_workers < context.get_world_size()
+    newest: str | None = None
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None)
-        if rank == 0 and "images_per_second" in metrics:
-            board.post(task="train", metrics=metrics)
+        nonlocal newest
+        if folder is not None:
+            newest = store.commit(folder, metrics["epoch"], metrics.get("step", 0), metrics.get("val_loss", math.inf))
+        if "loss" in metrics:
+            if some_stand_by:
+                broadcast_from_rank_zero(True)
+            ray.train.report(metrics)
+            if rank == 0:
+                board.post(task="train", metrics=metrics)
 
-    checkpoint = ray.train.get_checkpoint()
-    try:
-        with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
+    def on_step(step: dict[str, float]) -> None:
+        board.post(task="train", step=step)
+
+    is_preempted = ray_internals.preemption_watch()
+
+    def on_stop(request: Callable[[], None]) -> None:
+        board.on_stop(request)
+        threading.Thread(target=_wait_for_preemption, args=(is_preempted, request), daemon=True).start()
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        # Rank 0 looks for the newest one, so that all go on from the same.
+        newest = broadcast_from_rank_zero((store.restore_newest(checkpoint) if rank == 0 else None,))[0]
+        if rank >= num_workers:
+            _stand_by()
+            return {}
+        if rank and newest and not store.restore(newest, checkpoint):
+            raise WorkerError(f"the checkpoint {store.path(newest)} has not arrived whole at worker {rank}")
+        _leave_out_the_rest(num_workers)
+        error, preempted = None, False
+        try:
             train_in_process(
                 PerceiverConfig(**settings["model"]),
-                TrainingConfig(**settings["train"]),
+                config,
                 to_arrays(ray.train.get_dataset_shard("train")),
                 to_arrays(ray.train.get_dataset_shard("validation")),
                 report=report,
-                resume_from=Path(folder) if folder else None,
-                board=board,
+                resume_from=checkpoint if newest else None,
+                on_stop=on_stop,
+                on_step=on_step,
                 rank=rank,
                 num_workers=num_workers,
             )
-    except StoppedEarly:
-        pass  # the checkpoint and the reason are reported
-    except TrainingError as error:
-        # Raising would start the workers again, only to fail again.
-        ray.train.report({"error": str(error)})
+        except StoppedEarly:
+            preempted = is_preempted()
+        except TrainingError as failure:
+            error = str(failure)  # raising would start the workers again, only to fail again
+    if some_stand_by:
+        broadcast_from_rank_zero(False)
+    if preempted:
+        raise WorkerError("a host of the workers is about to be taken away; the checkpoint of the last step is whole")
+    return {"error": error} if error else {"num_workers": num_workers, "checkpoint": newest}
+
+
+def _wait_for_preemption(is_preempted: Callable[[], bool], request: Callable[[], None]) -> None:
+    """Calls `request` once Ray has noticed that a host of the workers is about to be taken away."""
+    while not is_preempted():
+        time.sleep(POLL_SECONDS)
+    request()
+
+
+def _stand_by() -> None:
+    """Reports as often as the workers that train, as Ray Train wants of all."""
+    while broadcast_from_rank_zero(None):
+        ray.train.report({})
+
+
+def _leave_out_the_rest(num_workers: int) -> None:
+    """Takes those that stand by off the list of workers that TensorFlow waits for."""
+    tf_config = json.loads(os.environ["TF_CONFIG"])
+    tf_config["cluster"]["worker"] = tf_config["cluster"]["worker"][:num_workers]
+    os.environ["TF_CONFIG"] = json.dumps(tf_config)
+
+
+def _why(error: ray.train.TrainingFailedError) -> str:
+    """The failure that explains the others: when one worker fails, its peers lose their connection to it."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
+    explained = [str(cause) for cause in causes if isinstance(cause, (CheckpointError, WorkerError))]
+    return explained[0] if explained else str(error)
 
 
 def train_in_process(
@@ -138,11 +230,12 @@ def train_in_process(
     *,
     report: Callable[[dict[str, Any], Path | None], None],
     resume_from: Path | None,
-    board: Board | None = None,
+    on_stop: Callable[[Callable[[], None]], None] = lambda request: None,
+    on_step: Callable[[dict[str, float]], None] = lambda step: None,
     rank: int = 0,
     num_workers: int = 1,
 ) -> None:
-    """Trains as one worker in this process, on `config.cpus_per_worker` CPUs; see `pipeline.fit.fit`.
+    """Trains as one worker in this process, on `config.cpus_per_worker` CPUs; see `pipeline.fit.fit` and its `Worker`.
 
     Raises:
         StoppedEarly: after a stop request.
@@ -160,9 +253,11 @@ def train_in_process(
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     for device in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(device, True)
-    worker = Worker(report=report, rank=rank, num_workers=num_workers, resume_from=resume_from)
-    if board is not None:
-        worker.on_stop = board.on_stop
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    worker = Worker(
+        report=report, rank=rank, num_workers=num_workers, resume_from=resume_from, on_stop=on_stop, on_step=on_step
+    )
     try:
         fit(model, config, train, validation, worker)
     except Interrupted as error:

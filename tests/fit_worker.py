@@ -1,11 +1,11 @@
 """One process of a training without Ray, started by tests/test_fit.py: reads its orders as JSON from its argument.
 
-Rank 0 copies every checkpoint that is reported, and its metrics, to a folder of its own below `out`.
+Checkpoints are kept below `out`; one that is there is gone on from.
 """
 
 import json
 import os
-import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +22,10 @@ def main(orders: dict[str, Any]) -> None:
 
     from perceiver.config import PerceiverConfig
     from pipeline.batches import ImageArrays
+    from pipeline.checkpoint_store import CheckpointStore
     from pipeline.config import TrainingConfig
-    from pipeline.fit import Interrupted, Worker, fit
+    from pipeline.fit import Interrupted, Recorder, Worker, fit
+    from pipeline.storage import Storage
 
     digits = load_digits()
     images = (digits.images * 255 / 16).astype(np.uint8)[..., np.newaxis]
@@ -34,22 +36,32 @@ def main(orders: dict[str, Any]) -> None:
 
     requests: list[Callable[[], None]] = []
     reports = 0
+    store = CheckpointStore(Storage(orders["out"]), "", kept=100)
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         nonlocal reports
         reports += 1
         if folder is not None:
-            target = Path(orders["out"]) / f"{reports:02d}"
-            shutil.copytree(folder, target)
-            (target / "metrics.json").write_text(json.dumps(metrics))
+            store.commit(folder, metrics["epoch"], metrics.get("step", 0))
         if rank == orders.get("stop_rank") and reports == orders["stop_after"]:
             requests[0]()
 
+    if rank == orders.get("kill_rank"):
+        after_step = Recorder.on_train_batch_end
+
+        def die_after_step(recorder: Recorder, batch: int, logs: dict[str, Any] | None = None) -> None:
+            after_step(recorder, batch, logs)
+            if [recorder.progress.epoch, recorder.progress.step] == orders["kill_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Recorder.on_train_batch_end = die_after_step  # type: ignore[method-assign, assignment]
+
+    checkpoint = Path(orders["out"]).with_name(f"resume-{os.getpid()}")
     worker = Worker(
         report=report,
         rank=rank,
         num_workers=len(addresses),
-        resume_from=Path(orders["resume_from"]) if orders.get("resume_from") else None,
+        resume_from=checkpoint if store.restore_newest(checkpoint) else None,
         on_stop=requests.append,
     )
     model = PerceiverConfig(**orders["model"])

@@ -166,6 +166,14 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
         ("--train.random-zoom nan", "train.random_zoom = nan", "below 1"),
         ("--train.epochs 0", "train.epochs = 0", "give at least 1"),
         ("--train.max-failures -1", "train.max_failures = -1", "give 0 or more"),
+        ("--train.num-workers 0", "train.num_workers = 0", "give a number of at least 1"),
+        ("--train.num-workers 0:2", "train.num_workers = 0:2", "at least 1, or MIN:MAX"),
+        ("--train.num-workers 4:2", "train.num_workers = 4:2", "at least 1, or MIN:MAX"),
+        ("--train.num-workers 1:", "train.num_workers = '1:'", "at least 1, or MIN:MAX"),
+        ("--train.num-workers two", "train.num_workers = 'two'", "at least 1, or MIN:MAX"),
+        ("--train.num-workers 2:3", "train.global_batch_size = 128 cannot be divided", "2:3: take 126"),
+        ("--train.checkpoint-every-steps -1", "train.checkpoint_every_steps = -1", "give 0 or more"),
+        ("--train.checkpoints-kept 0", "train.checkpoints_kept = 0", "give at least 1"),
         ("--train.seed 4294967296", "train.seed = 4294967296", "2**31"),
         ("--train.cpus-per-worker 0", "train.cpus_per_worker = 0.0", "give at least 0.001"),
         ("--train.cpus-per-worker nan", "train.cpus_per_worker = nan", "give at least 0.001"),
@@ -212,15 +220,33 @@ def test_a_bad_value_is_named_with_its_remedy(
 
 def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
     config = cifar100()
+    execution_of_training = {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "deterministic"}
+    execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept"}
     sections: list[tuple[Any, set[str]]] = [
         (config.data, {"archive"}),
         (config.search, {"cpus_per_trial"}),
-        (config.train, {"num_workers", "cpus_per_worker", "use_gpu", "max_failures"}),
+        (config.train, execution_of_training),
         (config.model, set()),
     ]
     for section, execution in sections:
         assert {f.name for f in fields(section)} - set(keyed(section)) == execution
         assert all(value == getattr(section, name) for name, value in keyed(section).items())
+
+
+def test_xla_is_keyed_for_it_rounds_otherwise() -> None:
+    without, with_xla = config_of().train, config_of("--train.jit-compile").train
+    assert (without.jit_compile, with_xla.jit_compile) == (False, True)
+    assert keyed(without) != keyed(with_xla)
+
+
+def test_a_range_of_workers() -> None:
+    train = config_of("--train.num-workers", "1:4").train
+    assert (train.num_workers, train.min_workers, train.max_workers) == ((1, 4), 1, 4)
+    # 128 rows cannot be divided among 3: one of three workers stands by
+    assert [train.usable_workers(available) for available in (1, 2, 3, 4)] == [1, 2, 2, 4]
+    train = config_of("--train.num-workers", "3", "--train.global-batch-size", "96").train
+    assert (train.num_workers, train.min_workers, train.max_workers, train.usable_workers(3)) == (3, 3, 3, 3)
+    assert flatten(config_of("--train.num-workers", "1:4"))["train.num_workers"] == (1, 4)
 
 
 def test_flatten_has_every_field_once() -> None:

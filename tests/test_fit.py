@@ -1,6 +1,7 @@
-"""Training in real processes, without Ray: two workers against one, and cut off against uncut."""
+"""Training in real processes, without Ray: two workers against one, and cut off or killed against uncut."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -38,18 +39,34 @@ TRAIN: dict[str, Any] = {
 }
 SGD: dict[str, Any] = {}
 ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "learning_rate_schedule": "cosine"}
-RATES = {"seconds", "images_per_second"}
+EXECUTION = {
+    "seconds",
+    "num_workers",
+    "images_per_second",
+    "step_ms",
+    "mfu",
+    "data_wait_ms",
+    "data_wait_share",
+    "all_reduce_ms",
+    "all_reduce_share",
+}
 
 Run = Callable[..., Path]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Trains in `num_workers` processes; returns the folder with what rank 0 reported."""
+    """Trains in `num_workers` processes; returns the folder with the checkpoints, `out` if that is given."""
 
-    def run(num_workers: int, train: dict[str, Any], model: dict[str, Any] | None = None, **orders: Any) -> Path:
-        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        out.mkdir()
+    def run(
+        num_workers: int,
+        train: dict[str, Any],
+        model: dict[str, Any] | None = None,
+        out: Path | None = None,
+        **orders: Any,
+    ) -> Path:
+        out = out or tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        out.mkdir(exist_ok=True)
         addresses = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
         workers = []
         for rank in range(num_workers):
@@ -59,7 +76,11 @@ def run(tmp_path: Path) -> Run:
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             workers.append(subprocess.Popen(command, text=True, **pipes))  # type: ignore[call-overload]
         outputs = [worker.communicate(timeout=240)[0] for worker in workers]
-        assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
+        if "kill_rank" in orders:
+            assert workers[orders["kill_rank"]].returncode == -signal.SIGKILL, "\n".join(outputs)
+            assert all(worker.returncode for worker in workers), "a worker went on without the killed one"
+        else:
+            assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
         return out
 
     return run
@@ -77,9 +98,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.iterdir())
 
 
+def state(out: Path) -> dict[str, Any]:
+    return json.loads((checkpoints(out)[-1] / "state.json").read_text())
+
+
 def history(out: Path) -> list[dict[str, float]]:
-    epochs = json.loads((checkpoints(out)[-1] / "metrics.json").read_text())["history"]
-    return [{name: value for name, value in epoch.items() if name not in RATES} for epoch in epochs]
+    epochs = state(out)["history"]
+    return [{name: value for name, value in epoch.items() if name not in EXECUTION} for epoch in epochs]
 
 
 def weights(out: Path) -> dict[str, np.ndarray]:
@@ -109,20 +134,44 @@ def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
     assert_same_training(one, two, 1e-5, without="key/bias")
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_training_that_was_stopped_within_an_epoch_ends_as_one_that_was_not(run: Run, num_workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that_was_not(
+    run: Run, num_workers: int
+) -> None:
     settings = {"early_stopping_patience": 2, "learning_rate_schedule": "plateau", "plateau_patience": 1}
     dropout = {"dropout": 0.1, "seed": 3}
     straight = run(num_workers, settings, dropout)
     # Asked by the other worker than the one that writes the checkpoint, after the first epoch: all stop one step later.
     cut = run(num_workers, settings, dropout, stop_rank=num_workers - 1, stop_after=1)
-    state = json.loads((checkpoints(cut)[-1] / "state.json").read_text())
-    assert (state["epoch"], state["step"]) == (1, 1)
-    resumed = run(num_workers, settings, dropout, resume_from=str(checkpoints(cut)[-1]))
+    assert (state(cut)["epoch"], state(cut)["step"]) == (1, 1)
+    # Then killed after a checkpoint within the last epoch.
+    every_7 = settings | {"checkpoint_every_steps": 7}
+    run(num_workers, every_7, dropout, out=cut, kill_rank=num_workers - 1, kill_at=[2, 10])
+    assert (state(cut)["epoch"], state(cut)["step"]) == (2, 7)
+    run(num_workers, every_7, dropout, out=cut)
+    assert_same_training(straight, cut, 1e-6)
+
+
+@pytest.mark.slow
+def test_six_epochs_are_three_and_three_and_what_is_left_of_a_kill_in_the_fourth(run: Run) -> None:
+    settings, dropout = ADAMW | {"epochs": 6, "label_smoothing": 0.1}, {"dropout": 0.1, "seed": 3}
+    straight = run(2, settings, dropout)
+    resumed = run(2, settings, dropout, stop_rank=1, stop_after=3)
+    run(2, settings, dropout, out=resumed)
     assert_same_training(straight, resumed, 1e-6)
+    killed = run(2, settings, dropout, kill_rank=0, kill_at=[3, 10])
+    assert (state(killed)["epoch"], state(killed)["step"]) == (3, 0)
+    run(2, settings, dropout, out=killed)
+    assert_same_training(straight, killed, 1e-6)
 
 
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_a_checkpoint_of_another_order_of_rows_is_refused(run: Run) -> None:
+    out = run(1, {"epochs": 1})
+    with pytest.raises(AssertionError, match=r"rows \[0, 50, 1000\], this one has \[1, 50, 1000\]"):
+        run(1, {"seed": 1}, out=out)
+
+
+@pytest.mark.parametrize("precision", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)])
 def test_two_workers_train_in_mixed_precision(run: Run, precision: str) -> None:
     half = history(run(2, ADAMW | {"precision": precision}))
     assert half[-1]["loss"] < half[0]["loss"]
@@ -131,9 +180,9 @@ def test_two_workers_train_in_mixed_precision(run: Run, precision: str) -> None:
 
 def test_a_finished_training_is_not_trained_on(run: Run) -> None:
     first = run(1, {"epochs": 1})
-    again = run(1, {"epochs": 1}, resume_from=str(checkpoints(first)[-1]))
-    assert len(checkpoints(again)) == 1
-    assert_same_training(first, again, 0)
+    before = checkpoints(first)
+    run(1, {"epochs": 1}, out=first)
+    assert checkpoints(first) == before
 
 
 def test_the_final_model_has_the_weights_of_the_best_epoch(run: Run) -> None:

@@ -1,63 +1,89 @@
-"""The private names of Keras that pipeline/multiworker.py relies on, and that it mends what it says."""
+"""The private names of Keras that pipeline/multiworker.py relies on, and what it does in one process."""
 
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from keras.src.backend.tensorflow import trainer as keras_trainer
 
 from pipeline import multiworker
 
 
-def test_keras_has_the_private_names_that_are_overridden() -> None:
+def classifier() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, 2, 40)
+
+
+def test_keras_has_the_private_names_that_are_relied_on() -> None:
     multiworker.check_keras()
 
 
+# Another Keras cannot be installed beside this one, so its classes are made to look like another's.
 @pytest.mark.parametrize("name", sorted(multiworker.PRIVATE_NAMES))
-def test_a_keras_without_a_private_name_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    # Another Keras cannot be installed beside this one, so its trainer is made to look like another.
-    monkeypatch.setattr(keras_trainer.TensorFlowTrainer, name, lambda self, something_else: None, raising=False)
-    model = keras.Sequential([keras.layers.Dense(1)])
-    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has {name}.*something_else"):
+def test_a_keras_without_a_private_method_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, _ = multiworker.PRIVATE_NAMES[name]
+    model = classifier()
+    monkeypatch.setattr(owner, name, lambda self, something_else: None)
+    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has {owner.__name__}.{name}.*something_else"):
         multiworker.enable(model)
 
 
-def test_a_keras_that_reduces_logs_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(keras_trainer, "reduce_per_replica")
-    with pytest.raises(RuntimeError, match="reduce_per_replica"):
+@pytest.mark.parametrize("kind", sorted(multiworker.PRIVATE_ATTRIBUTES))
+def test_a_keras_without_a_private_attribute_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    names = multiworker.PRIVATE_ATTRIBUTES | {kind: ("_of_another_keras",)}
+    monkeypatch.setattr(multiworker, "PRIVATE_ATTRIBUTES", names)
+    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no {kind}._of_another_keras"):
         multiworker.check_keras()
 
 
 def test_one_process_trains_the_same_with_and_without() -> None:
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, 2, 40)
-
-    def losses(enabled: bool) -> list[float]:
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2, activation="softmax")])
-        model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    def losses(enabled: bool) -> dict[str, list[float]]:
+        model, (x, y) = classifier(), rows()
         if enabled:
             multiworker.enable(model, multiworker.StopSignal())
-        history = model.fit(x, y, batch_size=16, epochs=3, validation_data=(x, y), shuffle=False, verbose=0).history
-        return [float(np.squeeze(value)) for name in sorted(history) for value in history[name]]
+        return model.fit(x, y, batch_size=16, epochs=3, validation_data=(x, y), verbose=0).history
 
-    assert losses(enabled=True) == pytest.approx(losses(enabled=False), abs=1e-7)
+    enabled, stock = losses(True), losses(False)
+    assert enabled.keys() == stock.keys()
+    for name, values in stock.items():
+        np.testing.assert_allclose(enabled[name], values, atol=1e-6, err_msg=name)
 
 
 def test_a_stop_is_agreed_on_in_a_step_and_not_before() -> None:
-    stop = multiworker.StopSignal()
+    model, (x, y), stop = classifier(), rows(), multiworker.StopSignal()
+    multiworker.enable(model, stop)
+    model.train_on_batch(x, y)
+    assert not stop.agreed
     stop.request()
     assert not stop.agreed
-    stop.exchange()
+    model.train_on_batch(x, y)
     assert stop.agreed
 
 
+def test_enabling_again_after_another_compile_trains_with_the_new_settings() -> None:
+    model, (x, y) = classifier(), rows()
+    multiworker.enable(model)
+    model.fit(x, y, verbose=0)
+    before = model.get_weights()
+    loss = "sparse_categorical_crossentropy"
+    model.compile(keras.optimizers.SGD(0.0), loss, metrics=[loss])
+    multiworker.enable(model)
+    history = model.fit(x, y, verbose=0).history
+    assert set(history) == {"loss", loss}
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_an_enabled_model_is_saved_as_what_it_was(tmp_path: Path) -> None:
-    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
-    model.compile("sgd", "mse")
+    model, (x, _) = classifier(), rows()
     multiworker.enable(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
-    x = np.ones((4, 3), "float32")
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))

@@ -1,0 +1,87 @@
+"""What a person sees: plain lines in a log, a live line on a terminal."""
+
+import io
+import re
+import time
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline import progress
+from pipeline.config import quickstart
+from pipeline.progress import Progress
+
+
+def step(epoch: int, number: int) -> dict[str, Any]:
+    values = {"images_per_second": 451.6, "loss": 2.34567, "accuracy": 0.4321}
+    return {"task": "train", "step": {"epoch": epoch, "step": number, "steps": 20, **values}}
+
+
+EPOCH = {
+    "task": "train",
+    "metrics": {"epoch": 1, "loss": 2.0, "val_loss": 1.9, "val_accuracy": 0.5, "images_per_second": 450.0},
+}
+
+
+def plain() -> tuple[Progress, io.StringIO]:
+    out = io.StringIO()
+    return Progress(quickstart(), Console(file=out, width=progress.PLAIN_WIDTH)), out
+
+
+def test_a_log_gets_plain_lines_and_none_for_each_step() -> None:
+    shown, out = plain()
+    with shown:
+        shown.started("train")
+        shown.event(step(1, 10))
+        shown.event(EPOCH)
+        shown.done("train", {"seconds": 12.34})
+    lines = [re.sub(r"^ +\d+\.\d s  ", "", line).rstrip() for line in out.getvalue().splitlines()]
+    assert lines == [
+        "train      started",
+        "train      epoch 1/30: loss 2.0000, val_loss 1.9000, val_accuracy 0.5000, 450 images/s",
+        "train      done in 12.3 s",
+    ]
+
+
+def test_a_log_gets_a_line_now_and_then_in_a_long_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.05)
+    shown, out = plain()
+    with shown:
+        shown.event(step(1, 1))
+        shown.event(step(1, 2))
+        time.sleep(0.1)
+        shown.event(step(1, 3))
+        shown.event(step(1, 4))
+    (line,) = out.getvalue().splitlines()
+    assert "epoch 1/30, step 3/20, 452 images/s, loss 2.3457, accuracy 0.4321, 0:" in line
+
+
+def test_a_terminal_gets_a_live_line_below_the_others() -> None:
+    out = io.StringIO()
+    shown = Progress(quickstart(), Console(force_terminal=True, file=out, width=120, color_system=None))
+    with shown:
+        shown.event(step(2, 10))
+        time.sleep(0.05)
+        shown.event(step(2, 11))
+        time.sleep(0.3)  # it is drawn several times a second
+        shown.event(EPOCH)
+    text = out.getvalue()
+    assert re.search(r"train +epoch 2/30, step 11/20, 452 images/s, loss 2\.3457, accuracy 0\.4321, 0:\d\d left", text)
+    assert "\x1b[2K" in text, "the live line is drawn anew in its place"
+    assert text.index("step 11/20") < text.index("epoch 1/30: loss 2.0000")
+
+
+def test_the_time_left_follows_from_the_steps_that_were_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    steps = progress._Steps(num_epochs=3)
+    assert steps.line(step(1, 10)["step"]).endswith("? left")
+    now = 110.0
+    # 15 steps in 10 s, and 35 of 3 x 20 are still to come
+    assert steps.line(step(2, 5)["step"]).endswith("0:23 left")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (4000, "1:06:40")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress._duration(seconds) == text

@@ -1,0 +1,107 @@
+"""The clock of the steps: what it says of a training whose times are known."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipeline.throughput import FLOPS_PER_MAC, StepClock, StepReporter, matmul_peak
+
+BATCH, STEPS, PAUSE = 8, 6, 0.05
+
+
+def batches(seconds: float) -> tf.data.Dataset:
+    """Endless batches, each of which takes `seconds` to come."""
+
+    def generate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        while True:
+            time.sleep(seconds)
+            yield np.ones((BATCH, 3), np.float32), np.zeros(BATCH, np.float32)
+
+    return tf.data.Dataset.from_generator(
+        generate, output_signature=(tf.TensorSpec((BATCH, 3)), tf.TensorSpec((BATCH,)))
+    )
+
+
+def train(seconds: float, reduction: float, *callbacks: keras.callbacks.Callback, clock: StepClock) -> None:
+    """An epoch with slow data, and with a slow operation where the all-reduce would be."""
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["accuracy"], jit_compile=False)
+    step = model.train_step
+
+    def slow(value: tf.Tensor) -> tf.Tensor:
+        time.sleep(reduction)
+        return value
+
+    def timed(data: Any) -> dict[str, tf.Tensor]:
+        clock.note("data", data)
+        clock.note("reduce", data)
+        total = tf.numpy_function(slow, [tf.reduce_sum(data[0])], tf.float32)
+        clock.note("reduced", total)
+        return step(data)
+
+    model.train_step = timed
+    model.fit(batches(seconds), steps_per_epoch=STEPS, callbacks=[clock, *callbacks], shuffle=False, verbose=0)
+
+
+def clock() -> StepClock:
+    return StepClock(batch_size=BATCH, macs_per_image=3, matmul_peak=1e9, num_workers=2)
+
+
+def test_where_the_time_of_a_step_goes() -> None:
+    slow_data, slow_reduction = clock(), clock()
+    train(PAUSE, 0.0, clock=slow_data)
+    train(0.0, PAUSE, clock=slow_reduction)
+    waits, reduces = slow_data.metrics(), slow_reduction.metrics()
+    assert waits["data_wait_share"] > 0.6
+    assert waits["all_reduce_share"] < 0.2
+    assert reduces["all_reduce_share"] > 0.6
+    assert reduces["data_wait_share"] < 0.2
+    assert 1e3 * PAUSE <= reduces["all_reduce_ms"] <= reduces["step_ms"]
+
+
+def test_rate_and_share_of_the_peak() -> None:
+    measured = clock()
+    train(PAUSE, 0.0, clock=measured)
+    metrics = measured.metrics()
+    assert measured.steps == STEPS - 1  # the first one is traced
+    assert metrics["images_per_second"] == pytest.approx(1e3 * BATCH / metrics["step_ms"])
+    assert 0.5 * BATCH / PAUSE < metrics["images_per_second"] < 1.01 * BATCH / PAUSE
+    assert metrics["mfu"] == pytest.approx(FLOPS_PER_MAC * 3 * metrics["images_per_second"] / 2e9)
+    assert metrics["num_workers"] == 2
+
+
+def test_an_epoch_without_a_timed_step_has_no_rate() -> None:
+    measured = clock()
+    measured.on_epoch_begin(0)
+    assert measured.metrics() == {}
+    assert measured.images_per_second == 0
+
+
+def test_steps_are_told_now_and_then() -> None:
+    told: list[dict[str, float]] = []
+    measured = clock()
+    train(PAUSE, 0.0, StepReporter(measured, told.append, steps=STEPS + 4, every=3.5 * PAUSE), clock=measured)
+    # An epoch of 10 steps that goes on after the 4th: the second step here is the first that has a rate.
+    assert [event["step"] for event in told] == [6, 10]
+    for event in told:
+        assert (event["epoch"], event["steps"]) == (1, STEPS + 4)
+        assert event["loss"] >= 0
+        assert 0 <= event["accuracy"] <= 1
+        assert event["images_per_second"] > 0
+
+
+def test_the_peak_is_of_the_size_that_numpy_reaches() -> None:
+    peak = matmul_peak(seconds=0.2)
+    matrix = np.ones((1024, 1024), np.float32)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    # Wide, for other work on the machine; an error of unit would be a factor of 1,000.
+    assert 1 / 30 < peak / (2 * 1024**3 / min(seconds)) < 30
