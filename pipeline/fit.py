@@ -67,9 +67,10 @@ def fit(
     """Trains to the end; what comes of it is in the reports. A training that has ended before reports nothing.
 
     The report of an epoch has its metrics (`epoch`, `loss`, `accuracy`, `top5_accuracy`, the same with `val_`,
-    `learning_rate`, `seconds`, `num_workers`, `images_per_second` and what else `StepClock.metrics` has) and a
-    checkpoint; `config.checkpoint_every_steps` makes checkpoints within the epoch too. The last checkpoint holds
-    `model.keras` as well: the model with the weights of the epoch whose validation loss was lowest.
+    `learning_rate`, `seconds`, `checkpoint_seconds`, `num_workers`, `images_per_second` and what else
+    `StepClock.metrics` has) and a checkpoint; `config.checkpoint_every_steps` makes checkpoints within the epoch too.
+    The last checkpoint holds `model.keras` as well: the model with the weights of the epoch whose validation loss was
+    lowest.
 
     Args:
         train: all training rows, of which this worker takes its share of every global batch.
@@ -138,6 +139,7 @@ def fit(
             validation_data=validation_data,
             validation_steps=-(-len(validation.labels) // config.global_batch_size),
             callbacks=callbacks,
+            shuffle=False,  # the batches are in the epoch's order
             verbose=0,
         )
     if worker.rank:
@@ -171,6 +173,7 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self.config, self.worker, self.stop, self.progress, self.others = config, worker, stop, progress, others
         self.clock, self.steps_per_epoch = clock, steps_per_epoch
+        self._checkpoint_seconds = 0.0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         for callback in self.others:  # `fit` has just reset them
@@ -208,10 +211,13 @@ class Recorder(keras.callbacks.Callback):
             "epoch": epoch + 1,
             "learning_rate": float(self.model.optimizer.learning_rate.numpy()),
             "seconds": time.perf_counter() - self._epoch_start,
+            # Of all checkpoints since the last such report: that of this epoch's end is made of it, and comes after it.
+            "checkpoint_seconds": self._checkpoint_seconds,
             "num_workers": self.worker.num_workers,
             "images_per_second": self.clock.images_per_second,
             **self.clock.metrics(),
         }
+        self._checkpoint_seconds = 0.0
         if metrics["val_loss"] <= min((past["val_loss"] for past in progress.history), default=math.inf):
             progress.best_weights = self.model.get_weights()
         progress.history.append(metrics)
@@ -228,9 +234,11 @@ class Recorder(keras.callbacks.Callback):
         if self.worker.rank:
             self.worker.report(metrics, None)
             return
+        begin = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), self.model, self.progress)
             self.worker.report(metrics, Path(folder))
+        self._checkpoint_seconds += time.perf_counter() - begin
 
 
 def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:

@@ -110,7 +110,7 @@ def check_keras() -> None:
         raise RuntimeError(f"Keras {keras.__version__} keeps seeds elsewhere than in _seed_generators: {remedy}")
 
 
-def enable(model: keras.Model, stop: StopSignal | None = None, note: Callable[[str, Any], None] | None = None) -> None:
+def enable(model: keras.Model, stop: StopSignal | None = None, note: Callable[[str, Any], Any] | None = None) -> None:
     """Makes `fit`, `evaluate` and `predict` of a compiled model work under the strategy that it was made in.
 
     Whatever the number of workers and their rows in a batch, loss, metrics, gradients and thus weights are those of the
@@ -126,14 +126,15 @@ def enable(model: keras.Model, stop: StopSignal | None = None, note: Callable[[s
         stop: exchanged over the workers in every training step, if given.
         note: called in every training step, outside of what XLA compiles, with the name of a moment and tensors that
             are there by then: "data" and the batch; with several workers also "reduce" before the gradients are summed
-            over them and "reduced" after. For operations that measure, say.
+            over them and "reduced" after. The step goes on with the tensors that it returns, so that operations which
+            measure can come before what follows.
 
     Raises:
         RuntimeError: if the installed Keras does not have the private names that this relies on.
         ValueError: if the model has what would be silently different on several workers; names it and the remedy.
     """
     check_keras()
-    _MultiWorker(model, stop, note or (lambda moment, tensors: None)).take_over()
+    _MultiWorker(model, stop, note or (lambda moment, tensors: tensors)).take_over()
 
 
 def distribute(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
@@ -161,7 +162,7 @@ class _MultiWorker:
     Methods whose name ends in `_step` and those they call run in replica context, once for every worker.
     """
 
-    def __init__(self, model: keras.Model, stop: StopSignal | None, note: Callable[[str, Any], None]) -> None:
+    def __init__(self, model: keras.Model, stop: StopSignal | None, note: Callable[[str, Any], Any]) -> None:
         self.model, self.stop, self.note = model, stop, note
         self.strategy: tf.distribute.Strategy = model.distribute_strategy
         self.num_replicas: int = self.strategy.num_replicas_in_sync
@@ -300,7 +301,7 @@ class _MultiWorker:
     # Steps
 
     def _train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        self.note("data", data)
+        data = self.note("data", data)
         rows = _rows(data)
         with self._gradients_of_global_batch(rows), self._metrics_by_rows(rows):
             return self.keras_train_step(data)
@@ -390,10 +391,8 @@ class _MultiWorker:
         """Weighted means of tensors, and the sum of `requested`: one vector is sent."""
         # An empty batch may have NaN for a gradient.
         weighted = [tf.math.multiply_no_nan(tf.cast(gradient, tf.float32), weight) for gradient in dense]
-        packed = _packed([*weighted, weight, requested])
-        self.note("reduce", packed)
-        packed = self._sum(packed)
-        self.note("reduced", packed)
+        packed = self.note("reduce", _packed([*weighted, weight, requested]))
+        packed = self.note("reduced", self._sum(packed))
         *sums, weights, requests = _unpacked(packed, [*weighted, weight, weight])
         factor = self.num_replicas / weights
         return [tf.cast(total * factor, gradient.dtype) for total, gradient in zip(sums, dense, strict=True)], requests

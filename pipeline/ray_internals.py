@@ -19,6 +19,7 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
         f"HEALTH_CHECK_INTERVAL_S_ENV_VAR={POLL_SECONDS_VARIABLE}",
         f"WORKER_GROUP_START_TIMEOUT_S_ENV_VAR={START_SECONDS_VARIABLE}",
     ),
+    "ray.train.v2._internal.exceptions": ("WorkerGroupStartupTimeoutError",),
     "ray.train.v2._internal.execution.context": ("get_train_context", "TrainContext"),
     "ray.train.v2._internal.execution.preemption": ("PreemptionContext",),
 }
@@ -57,6 +58,13 @@ def preemption_watch() -> Callable[[], bool]:
 
     context = get_train_context().preemption_context
     return lambda: context.preemption_info is not None
+
+
+def start_timed_out(error: BaseException | None) -> bool:
+    """Whether `error` says that a worker group found no room, or did not start for another reason, in time."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(error, WorkerGroupStartupTimeoutError)
 
 
 def _find(module: str, name: str) -> object:

@@ -59,10 +59,20 @@ class StepClock(keras.callbacks.Callback):
         self._noted = {name: tf.Variable(0.0, trainable=False, dtype="float64") for name in MOMENTS}
         self._clear()
 
-    def note(self, moment: str, tensors: Any) -> None:
-        """Notes the time at which all `tensors` are there; called in a training step, outside of what XLA compiles."""
-        with tf.control_dependencies(tf.nest.flatten(tensors)):
-            self._noted[moment].assign(tf.timestamp())
+    def note(self, moment: str, tensors: Any) -> Any:
+        """Notes the time at which all `tensors` are there; called in a training step, outside of what XLA compiles.
+
+        Returns:
+            `tensors`, for what comes after the moment: with one inter-op thread TensorFlow may otherwise look at the
+            clock last of all.
+        """
+        given = [tensor for tensor in tf.nest.flatten(tensors, expand_composites=True) if tensor is not None]
+        with tf.control_dependencies(given):
+            noted = self._noted[moment].assign(tf.timestamp(), read_value=False)
+        with tf.control_dependencies([noted]):
+            return tf.nest.map_structure(
+                lambda tensor: None if tensor is None else tf.identity(tensor), tensors, expand_composites=True
+            )
 
     def _clear(self) -> None:
         self.steps = 0

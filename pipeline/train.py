@@ -105,7 +105,7 @@ def train(
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(_why(error)) from error
+        raise TrainingError(_why(error, config)) from error
     if "error" in outcome:
         raise TrainingError(outcome["error"])
     checkpoint = store.path(outcome["checkpoint"])
@@ -214,8 +214,16 @@ def _leave_out_the_rest(num_workers: int) -> None:
     os.environ["TF_CONFIG"] = json.dumps(tf_config)
 
 
-def _why(error: ray.train.TrainingFailedError) -> str:
+def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
     """The failure that explains the others: when one worker fails, its peers lose their connection to it."""
+    if ray_internals.start_timed_out(getattr(error, "controller_failure", None)):
+        free = ray.available_resources()
+        return (
+            f"the workers did not start in time: train.num_workers = {config.min_workers} with train.cpus_per_worker = "
+            f"{config.cpus_per_worker:g}{' and a GPU each' if config.use_gpu else ''} found no room, of "
+            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free now: wait until there are more, "
+            "or take fewer workers; the same command goes on from the last checkpoint"
+        )
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
     explained = [str(cause) for cause in causes if isinstance(cause, (CheckpointError, WorkerError))]

@@ -23,7 +23,7 @@ from pipeline.preprocess import ingest, preprocess
 from pipeline.storage import Storage
 from pipeline.tasks import trained_configs
 
-NOTICE_SECONDS = 20
+NOTICE_SECONDS = 120  # what AWS gives; the node stays until the training has left it
 
 
 def main(orders: dict[str, Any]) -> None:
@@ -60,22 +60,21 @@ def main(orders: dict[str, Any]) -> None:
     wait_for(1)
     node = cluster.add_node(num_cpus=1)
     wait_for(2)
-    take_away(cluster, node)
-    wait_for(1)
+    give_notice(cluster, node)
+    wait_for(1)  # has left the node on its own
+    cluster.remove_node(node, allow_graceful=False)
     thread.join()
     print(json.dumps(output["history"]))
     ray.shutdown()
     cluster.shutdown()
 
 
-def take_away(cluster: Cluster, node: Any) -> None:
-    """Tells Ray, as one does on the notice of a spot host, that the node will be gone soon; then it is."""
+def give_notice(cluster: Cluster, node: Any) -> None:
+    """Tells Ray, as one does on the notice of a spot host, that the node will be gone soon."""
     options = ["--address", cluster.address, "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     options += ["--reason-message", "spot notice", "--deadline-remaining-seconds", str(NOTICE_SECONDS)]
     ray_command = str(Path(sys.executable).with_name("ray"))
     subprocess.run([ray_command, "drain-node", *options], check=True, capture_output=True, timeout=60)
-    time.sleep(NOTICE_SECONDS)
-    cluster.remove_node(node, allow_graceful=False)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main(orders: dict[str, Any]) -> None:
         cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
         os.environ["TF_CONFIG"] = json.dumps(cluster)
     import numpy as np
+    import tensorflow as tf
     from sklearn.datasets import load_digits
 
     from perceiver.config import PerceiverConfig
@@ -66,6 +67,8 @@ def main(orders: dict[str, Any]) -> None:
     )
     model = PerceiverConfig(**orders["model"])
     train = TrainingConfig(**orders["train"])
+    if train.deterministic:  # as `pipeline.train.train_in_process` does
+        tf.config.experimental.enable_op_determinism()
     try:
         # 101 validation rows in batches of 50: the last batch has one row, so that one of two workers gets none.
         fit(model, train, rows(0, 1000), rows(1000, 1101), worker)

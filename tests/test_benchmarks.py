@@ -9,6 +9,7 @@ from typing import Any
 
 import model_step
 import pytest
+import train_overhead
 
 from perceiver import presets
 from perceiver.cost import macs_per_image
@@ -68,3 +69,43 @@ def test_the_products_of_a_step_are_those_that_the_cost_counts() -> None:
         head = config.head_hidden_dim or 0
         classifier = head * config.latent_dim + (head or config.latent_dim) * config.num_classes
         assert counted + first + batch * classifier == batch * macs_per_image(config)
+
+
+def test_train_overhead_names_the_ratios_that_are_required() -> None:
+    def row(kind: str, threads: int, workers: int, rate: float, feed: str = "tf.data", xla: bool = False) -> Any:
+        case = {"kind": kind, "threads": threads, "num_workers": workers, "feed": feed, "xla": xla}
+        return case | {"images_per_second": rate}
+
+    rows = [
+        row("plain", 1, 1, 90.0),
+        row("plain", 1, 1, 100.0, feed="generator"),
+        row("plain", 1, 1, 1000.0, feed="none"),  # trains on one batch, so it is no rival
+        row("plain", 2, 1, 160.0),
+        row("plain", 1, 1, 50.0, xla=True),
+        row("pipeline", 1, 1, 95.0),
+        row("pipeline", 1, 2, 190.0),
+        row("pipeline", 1, 2, 60.0, xla=True),
+    ]
+    assert train_overhead.targets(rows) == {
+        "(b)/(a), 1 thread": 0.95,
+        "(c)/(a on one core)": 1.9,
+        "(c)/(a on one core), XLA": 1.2,
+        "best (c)/best (a on one core)": 1.9,
+        "best (c)/best (a, 2 threads)": 190 / 160,
+    }
+
+
+@pytest.mark.slow
+def test_train_overhead() -> None:
+    table, result = benchmark("train_overhead", "--rounds", "2", "--steps", "3", "--threads", "1", "--xla", "no")
+    assert "workers, 2 x 1 thread" in table
+    assert set(result["ratios"]) == {"(b)/(a), 1 thread", "(c)/(a on one core)", "best (c)/best (a on one core)"}
+    assert [len(case["turns"]) for case in result["cases"]] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_all_reduce() -> None:
+    table, result = benchmark("all_reduce", "--presets", "cifar100", "--rounds", "2", "--steps", "2")
+    assert "packed bfloat16" in table
+    agreement = {row["way"]: row["agrees"] for row in result["rows"]}
+    assert max(agreement[way] for way in ("one by one", "list", "packed")) < 1e-6 < agreement["packed bfloat16"] < 1e-2

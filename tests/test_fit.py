@@ -41,6 +41,7 @@ SGD: dict[str, Any] = {}
 ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "learning_rate_schedule": "cosine"}
 EXECUTION = {
     "seconds",
+    "checkpoint_seconds",
     "num_workers",
     "images_per_second",
     "step_ms",
@@ -139,6 +140,7 @@ def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that
     run: Run, num_workers: int
 ) -> None:
     settings = {"early_stopping_patience": 2, "learning_rate_schedule": "plateau", "plateau_patience": 1}
+    settings |= {"deterministic": True}
     dropout = {"dropout": 0.1, "seed": 3}
     straight = run(num_workers, settings, dropout)
     # Asked by the other worker than the one that writes the checkpoint, after the first epoch: all stop one step later.
@@ -154,7 +156,10 @@ def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that
 
 @pytest.mark.slow
 def test_six_epochs_are_three_and_three_and_what_is_left_of_a_kill_in_the_fourth(run: Run) -> None:
-    settings, dropout = ADAMW | {"epochs": 6, "label_smoothing": 0.1}, {"dropout": 0.1, "seed": 3}
+    settings, dropout = (
+        ADAMW | {"epochs": 6, "label_smoothing": 0.1, "deterministic": True},
+        {"dropout": 0.1, "seed": 3},
+    )
     straight = run(2, settings, dropout)
     resumed = run(2, settings, dropout, stop_rank=1, stop_after=3)
     run(2, settings, dropout, out=resumed)

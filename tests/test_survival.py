@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import survival_loops
 from conftest import processes_of_this_session
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -28,6 +29,7 @@ from pipeline.board import Board
 from pipeline.checkpoint_store import NAME
 from pipeline.config import TrainingConfig, quickstart
 from pipeline.preprocess import ingest, materialize_split, preprocess, to_arrays
+from pipeline.ray_internals import START_SECONDS_VARIABLE
 from pipeline.storage import Storage
 from pipeline.tasks import trained_configs
 
@@ -74,6 +76,13 @@ class Run(threading.Thread):
             assert self.is_alive(), f"ended: {self.output} {self.error}"
             assert time.monotonic() < deadline, f"no checkpoint after {last} in {timeout} s"
             time.sleep(0.02)
+
+    def wait_for_other_workers(self, pids: list[int], timeout: float = 200) -> None:
+        deadline = time.monotonic() + timeout
+        while not (now := worker_pids()) or set(now) & set(pids):
+            assert self.is_alive(), f"ended: {self.output} {self.error}"
+            assert time.monotonic() < deadline, f"no other workers than {pids} in {timeout} s"
+            time.sleep(0.1)
 
     def result(self, timeout: float = 600) -> dict[str, Any]:
         self.join(timeout)
@@ -140,8 +149,9 @@ def test_killed_workers_cost_time_and_nothing_else(
     choice, recovery = random.Random(1), []
     for _ in range(kills):
         time.sleep(choice.uniform(0, 1))
-        killed = time.monotonic()
-        os.kill(choice.choice(worker_pids()), signal.SIGKILL)
+        killed, pids = time.monotonic(), worker_pids()
+        os.kill(choice.choice(pids), signal.SIGKILL)
+        run.wait_for_other_workers(pids)  # the survivor may still finish a checkpoint
         run.wait_for_another_checkpoint()
         recovery.append(time.monotonic() - killed)
     assert run.result()["epochs"] == epochs
@@ -209,6 +219,24 @@ def test_a_full_disk_ends_the_training_where_it_can_go_on(
     again.start()
     assert again.result()["epochs"] == 30
     assert 0 < done < 30
+
+
+@pytest.mark.slow
+def test_workers_for_which_there_is_no_room_end_in_an_error(
+    storage: Storage, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = ray.util.placement_group([{"CPU": 1}])  # room is checked before a run; this is taken while it runs
+    ray.get(guest.ready())
+    monkeypatch.setenv(START_SECONDS_VARIABLE, "5")
+    run = Run(storage, manifest, "no-room")
+    start = time.monotonic()
+    run.start()
+    try:
+        with pytest.raises(training.TrainingError, match=r"num_workers = 2 .* no room, of 1 CPUs"):
+            run.result()
+    finally:
+        ray.util.remove_placement_group(guest)
+    print(f"ended after {time.monotonic() - start:.1f} s")
 
 
 @pytest.mark.slow
