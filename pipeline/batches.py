@@ -27,6 +27,8 @@ class ImageArrays:
     """uint8 (N, H, W, C)."""
     labels: np.ndarray
     """int32 (N,)."""
+    coarse_labels: np.ndarray | None = None
+    """int32 (N,), or None if the source has none."""
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:

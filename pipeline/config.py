@@ -15,9 +15,10 @@ import tyro
 from perceiver import presets as model_presets
 from perceiver.config import PerceiverConfig
 from pipeline.datasets import SOURCES, check_archive
+from pipeline.promotion import PromotionConfig
 from tune.config import SearchConfig
 
-TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register"]
+TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register", "report"]
 # How a run is carried out, not what comes out of it: such fields are no part of a task's key.
 EXECUTION = {"keyed": False}
 WORKERS_REMEDY = "give a number of at least 1, or MIN:MAX for as many of these as the cluster has"
@@ -134,6 +135,8 @@ class TrainingConfig:
     """XLA for the forward and backward pass; the collectives stay outside."""
     seed: int = 0
     """Seed of the initial weights, the order of rows, the augmentation and dropout."""
+    initial_model: str | None = None
+    """Registered model, as models:/NAME/VERSION, whose weights the training begins with; None: random ones."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_workers <= self.max_workers:
@@ -157,6 +160,9 @@ class TrainingConfig:
             _require(0 <= value < math.inf, f"train.{name}", value, "give 0 or more")
         for name in ("label_smoothing", "random_zoom"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "give 0 or more, below 1")
+        # An alias may come to mean another version, but a task's key says for ever what came out of it.
+        pinned = self.initial_model is None or re.fullmatch(r"models:/[^/@:]+/[0-9]+", self.initial_model)
+        _require(bool(pinned), "train.initial_model", self.initial_model, "give models:/NAME/VERSION, no alias")
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError(
                 f"train.weight_decay = {self.weight_decay} does nothing with train.optimizer = adam: take adamw, or "
@@ -184,6 +190,36 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What is looked at in a trained model beside its accuracy."""
+
+    calibration_bins: int = 15
+    """Bins of equal width, over the confidences from 0 to 1, of the calibration error."""
+    corruption_rows: int = 1000
+    """Test rows on which robustness is measured; 0 turns it off."""
+    corruption_severities: tuple[int, ...] = (1, 3, 5)
+    """Severities of every corruption, 1 to 5."""
+    confident_mistakes: int = 24
+    """How many of the most confident mistakes are kept with their pictures."""
+    latency_calls: int = 100
+    """Timed calls with one image."""
+    seed: int = 0
+    """Seed of the choice of rows and of the noise."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("calibration_bins", 1), ("latency_calls", 1), ("corruption_rows", 0)):
+            value = getattr(self, name)
+            _require(value >= least, f"evaluation.{name}", value, f"give at least {least}")
+        _require(
+            self.confident_mistakes >= 0, "evaluation.confident_mistakes", self.confident_mistakes, "give 0 or more"
+        )
+        severities = self.corruption_severities
+        right = severities and all(1 <= severity <= 5 for severity in severities)
+        _require(bool(right), "evaluation.corruption_severities", severities, "give some of 1 2 3 4 5")
+        _require(0 <= self.seed < 2**31, "evaluation.seed", self.seed, "give a number in [0, 2**31)")
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where MLflow records runs and models."""
 
@@ -194,7 +230,7 @@ class TrackingConfig:
     model_name: str = "perceiver"
     """Name of the registered model."""
     alias: str = "champion"
-    """Alias given to the version that a run registers."""
+    """Alias of the best version; the newest of the others has the alias `challenger`."""
 
     def __post_init__(self) -> None:
         remedy = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
@@ -206,6 +242,7 @@ class TrackingConfig:
         remedy = "give a name of letters, digits, _ and -, but not `latest` nor that of a version like v1"
         named = re.fullmatch(r"(?!latest$|v[0-9]+$)[\w-]+", self.alias, re.IGNORECASE)
         _require(bool(named), "tracking.alias", self.alias, remedy)
+        _require(self.alias != "challenger", "tracking.alias", self.alias, "that is the alias of the others")
 
 
 @dataclass(frozen=True)
@@ -216,7 +253,9 @@ class PipelineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)
     storage: str = "./runs"
     """Folder, or URI that pyarrow.fs takes, for all that a run makes."""
 
@@ -238,6 +277,10 @@ class PipelineConfig:
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is more than the about {rows} training rows "
                 f"of data.source = {source.name}: lower it"
+            )
+        if self.train.initial_model and self.search.num_trials:
+            raise ValueError(
+                f"train.initial_model = {self.train.initial_model} has a shape of its own: give --search.num-trials 0"
             )
         if "://" in self.storage and not self.storage.startswith("file://") and self.tracking.uri is None:
             raise ValueError(

@@ -10,12 +10,15 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from pipeline import workflow
-from pipeline.config import Options
+from pipeline.config import Options, PipelineConfig
 from pipeline.progress import Progress, make_console
 from pipeline.storage import Storage
 from pipeline.summary import show_plan, show_summary, summarize
 from pipeline.tasks import TASKS
+from pipeline.tracking_buffer import Unsent, has_waiting
 
 ANSWER_SECONDS = 1.5
 
@@ -43,7 +46,9 @@ def drive(preset: str, options: Options) -> int:
     show_summary(summary, make_console())
     if options.summary_json:
         Path(options.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
-    return 0
+    if unsent := summary["mlflow"]["unsent"]:
+        print(f"error: {unsent}", file=sys.stderr)
+    return 1 if unsent else 0
 
 
 def run(preset: str, options: Options, storage: Storage) -> dict[str, Any]:
@@ -66,25 +71,50 @@ def run(preset: str, options: Options, storage: Storage) -> dict[str, Any]:
             raise ValueError(f"storage = {config.storage!r} cannot be read and written: {error}") from error
         cached = set(manifests)
         progress.cached(manifests)
-        if len(cached) == len(tasks):
+        left_over = has_waiting(storage, identity)
+        if len(cached) == len(tasks) and not left_over:
             return summarize(preset, config, manifests, cached)
-        check_server(config.tracking_uri)
         # Neither library shall call home from somebody's cluster unless told to; they read this when imported.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         # Imported here, since a run whose tasks are all done needs neither a cluster nor MLflow.
+        if len(cached) == len(tasks):
+            return summarize(preset, config, manifests, cached, *_send_left_over(preset, config, identity, progress))
+        try:
+            check_server(config.tracking_uri)
+        except ValueError as error:
+            if not left_over:
+                raise
+            progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
         from pipeline.cluster import connect
 
         connect(config)
         from pipeline.runlog import RunLog
 
         signals = workflow.StopOnSignal(signal.SIGTERM, signal.SIGINT)
-        log = RunLog(config, identity, preset)
+        log = RunLog(config, identity, preset, progress.say)
         log.done_before(manifests)
-        with signals, log:
-            manifests = workflow.run_tasks(tasks, config, storage, identity, signals, (progress, log))
-        return summarize(preset, config, manifests, cached, log.run_id)
+        try:
+            with signals, log:
+                manifests = workflow.run_tasks(tasks, config, storage, identity, signals, (progress, log))
+        except (workflow.Stopped, workflow.TaskFailed):
+            if log.unsent:
+                print(f"warning: {log.unsent}", file=sys.stderr)
+            raise
+        return summarize(preset, config, manifests, cached, log.run_id, log.unsent)
+
+
+def _send_left_over(
+    preset: str, config: PipelineConfig, identity: str, progress: Progress
+) -> tuple[str | None, Unsent | None]:
+    """Sends what an earlier driver of a run that is done could not; returns the run's id and what is left."""
+    from pipeline.runlog import flush, open_sender
+
+    progress.say("sending records that the tracking server has not had")
+    sender = open_sender(config, identity, preset)
+    unsent = flush(sender, progress.say)
+    return sender.run_id, unsent
 
 
 def check_server(tracking_uri: str) -> None:

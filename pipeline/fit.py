@@ -38,6 +38,10 @@ class NotFinite(Exception):
     """The loss became NaN or infinite."""
 
 
+class InitialModelError(Exception):
+    """The weights to begin with do not fit the model."""
+
+
 @dataclass
 class Worker:
     """One of the processes that train a model together.
@@ -49,6 +53,7 @@ class Worker:
         rank: number of this worker, from 0.
         num_workers: how many there are.
         resume_from: checkpoint to go on from.
+        initial_model: `.keras` file with the weights to begin with, where there is no checkpoint to go on from.
         on_stop: is given a function that it shall call, from any thread, to end the training with a checkpoint.
         on_step: is told at rank 0, at most once a second, how an epoch gets on (see `StepReporter`); must not block.
     """
@@ -57,6 +62,7 @@ class Worker:
     rank: int = 0
     num_workers: int = 1
     resume_from: Path | None = None
+    initial_model: Path | None = None
     on_stop: Callable[[Callable[[], None]], None] = lambda request: None
     on_step: Callable[[dict[str, float]], None] = lambda step: None
 
@@ -79,6 +85,7 @@ def fit(
     Raises:
         Interrupted: after a stop was requested and a checkpoint reported.
         NotFinite: if the loss is NaN or infinite; names epoch and step.
+        InitialModelError: if the weights to begin with are those of another model.
         CheckpointError: if a checkpoint could not be written; names the path.
         ValueError: if the checkpoint to go on from belongs to another order of rows.
     """
@@ -100,6 +107,8 @@ def fit(
             ],
             jit_compile=config.jit_compile,
         )
+        if worker.initial_model and not worker.resume_from:
+            _set_initial_weights(model, worker.initial_model, config)
         order = [config.seed, config.global_batch_size, len(train.labels)]
         progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else Progress(order=order)
     if progress.order != order:
@@ -239,6 +248,17 @@ class Recorder(keras.callbacks.Callback):
             checkpoint.save(Path(folder), self.model, self.progress)
             self.worker.report(metrics, Path(folder))
         self._checkpoint_seconds += time.perf_counter() - begin
+
+
+def _set_initial_weights(model: Perceiver, file: Path, config: TrainingConfig) -> None:
+    initial = keras.saving.load_model(file, compile=False)
+    if [tuple(w.shape) for w in initial.weights] != [tuple(w.shape) for w in model.weights]:
+        raise InitialModelError(
+            f"train.initial_model = {config.initial_model} is another model than the one to be trained, "
+            f"{initial.count_params():,} against {model.count_params():,} parameters: give the model settings with "
+            "which it was trained"
+        )
+    model.set_weights(initial.get_weights())
 
 
 def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:

@@ -31,6 +31,7 @@ __all__ = [
     "materialize_split",
     "preprocess",
     "read_split",
+    "rows_digest",
     "stratified_split",
     "to_arrays",
 ]
@@ -203,6 +204,11 @@ def _describe(written: list[tuple[_Shard, dict[str, Any]]], labels: np.ndarray, 
             {"path": shard.path, "rows": len(shard.row_ids), "sha256": record["sha256"]} for shard, record in written
         ],
     }
+
+
+def rows_digest(row_ids: np.ndarray, rows: ImageSplit) -> str:
+    """The digest of a split, as in the manifest, of all its rows in order of row_id."""
+    return hashlib.sha256(_row_digests(row_ids, rows)).hexdigest()
 
 
 def _row_digests(row_ids: np.ndarray, rows: ImageSplit) -> bytes:

@@ -1,4 +1,4 @@
-"""Runs the pipeline: ingest, preprocess, search, train, evaluate, register.
+"""Runs the pipeline: ingest, preprocess, search, train, evaluate, register, report.
 
     python pipeline/run.py quickstart     handwritten digits, a few minutes on 2 cores, test top-1 above 0.95
     python pipeline/run.py --help         every setting

@@ -1,18 +1,32 @@
 """What of a run goes to MLflow, and when: a parent run, a child each task, a grandchild each trial.
 
-Written by the driver, on a thread of its own: a tracking server that is slow or gone holds up neither the tasks nor the
-display. Each call may be repeated by a driver that goes on after another was killed.
+Written by the driver to a buffer on disk, which a thread sends: a tracking server that is slow or gone holds up neither
+the tasks nor the display, and what it misses it gets later, from the next driver if need be.
 """
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
+import ray
+
+from perceiver import cost
 from pipeline.config import PipelineConfig, flatten
-from pipeline.tracking import BackgroundTracker, Tracker, environment_tags
+from pipeline.run_description import EnergyMeter, cluster_hardware, describe, training_cost
+from pipeline.storage import Storage
+from pipeline.tasks import trained_configs
+from pipeline.tracking import Tracker, TrackingError
+from pipeline.tracking_buffer import Entry, Unsent
+from pipeline.tracking_sender import Sender
 from pipeline.workflow import Stopped
 
-FLUSH_SECONDS = 60.0
+FLUSH_SECONDS, FLUSH_SECONDS_OF_A_STOP = 60.0, 10.0
+QUIET_SECONDS = 3.0
 SCORES = ("top1", "top5", "loss")
+ENERGY_SECONDS = 10.0
 
 
 class RunLog:
@@ -21,99 +35,167 @@ class RunLog:
     Args:
         identity: of the run; the same when it is started again.
         preset: its name, which becomes the name of the run.
+        say: tells a person what is waited for.
 
     Raises:
-        MlflowException: if the tracking store does not answer; it takes minutes to say so.
+        ValueError: if the experiment was deleted.
     """
 
-    def __init__(self, config: PipelineConfig, identity: str, preset: str) -> None:
-        self.identity, self._config = identity, config
-        self._tracker = Tracker(config.tracking_uri, config.tracking.experiment, config.artifact_location)
-        self.run_id = self._tracker.find_or_create_run(preset, identity, tags=environment_tags() | {"preset": preset})
-        self._runs: dict[str, str] = {}
-        self._background = BackgroundTracker()
-        self._background.submit(self._tracker.log_params, self.run_id, flatten(config))
-        self._background.submit(self._tracker.log_dict, self.run_id, flatten(config), "config.json")
+    def __init__(
+        self, config: PipelineConfig, identity: str, preset: str, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._config, self._say = config, say
+        self._sender = open_sender(config, identity, preset)
+        self._open_runs: dict[str, None] = {}  # in order: children end before their parents
+        self._energy, self._sampled = EnergyMeter(), time.monotonic()
+        self._kwh_at_start: dict[str, float] = {}
+        self._outputs: dict[str, dict[str, Any]] = {}
+        self.unsent: Unsent | None = None
+        about, settings = describe(), flatten(config)
+        nodes = cluster_hardware(ray.nodes()) if ray.is_initialized() else []
+        self._record(
+            tags={**about.tags, "preset": preset},
+            params=_texts(settings),
+            texts={
+                **about.texts,
+                "config.json": json.dumps(settings, indent=1),
+                "hardware.json": json.dumps(nodes, indent=1),
+            },
+        )
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the parent run; None if the server has not been reached yet."""
+        return self._sender.run_id
 
     def done_before(self, manifests: Mapping[str, Mapping[str, Any]]) -> None:
         """Notes on the parent run which tasks an earlier run has done."""
-        self._background.submit(self._log_done_before, manifests)
+        self._outputs = {task: manifest["output"] for task, manifest in manifests.items()}
+        self._record(tags={f"done_before.{task}": manifest["key"] for task, manifest in manifests.items()})
+        if "preprocess" in manifests:
+            self._record(dataset=self._dataset(manifests["preprocess"]))
 
     def started(self, task: str) -> None:
-        self._background.submit(self._run, task)
+        self._record(task)
+        self._sample_energy(0)
+        self._kwh_at_start[task] = self._energy.kwh or 0.0
 
     def event(self, event: Mapping[str, Any]) -> None:
-        if "metrics" in event:  # how an epoch gets on is for the display only
-            self._background.submit(self._log_event, event)
+        self._sample_energy(ENERGY_SECONDS)
+        if "metrics" not in event:
+            return  # how an epoch gets on is for the display only
+        history = ({"timestamp": time.time(), **event["metrics"]},)
+        if event["task"] == "search":
+            self._record(f"search/{event['trial']}", params=_texts(event["values"]), history=history)
+        else:
+            self._record(event["task"], history=history)
 
     def done(self, task: str, manifest: Mapping[str, Any]) -> None:
-        self._background.submit(self._log_done, task, manifest)
+        output = self._outputs[task] = manifest["output"]
+        self._record(task, tags={"task.key": manifest["key"]}, metrics={"seconds": manifest["seconds"]})
+        self._sample_energy(0)
+        if self._energy.kwh is not None:
+            self._record(task, metrics={"host_kwh": self._energy.kwh - self._kwh_at_start.get(task, 0.0)})
+        if task == "preprocess":
+            self._record(task, dataset=self._dataset(manifest))
+            self._record(dataset=self._dataset(manifest))
+        elif task == "search" and output["best"]:
+            self._search_done(output)
+        elif task == "train":
+            self._training_done(output)
+        elif task == "evaluate":
+            scores = {f"test_{name}": output[name] for name in SCORES}
+            per_class = json.dumps({"per_class": output["per_class"]}, indent=1)
+            self._record(task, metrics=scores, texts={"per_class.json": per_class})
+            self._record(metrics=scores)
+        elif task == "register":
+            decision = {"model.alias": output["alias"], "promotion.reason": output["reason"]}
+            self._record(tags={"model.uri": output["uri"], **decision})
+        elif task == "report":
+            self._record(files={"report.html": output["report"]["path"]})
+        self._record(task, status="FINISHED")
+
+    def _search_done(self, output: Mapping[str, Any]) -> None:
+        for trial in output["trials"]:
+            status = "FAILED" if trial["status"] == "failed" else "FINISHED"
+            tags = {"trial.status": trial["status"]}
+            self._record(f"search/{trial['id']}", params=_texts(trial["values"]), tags=tags, status=status)
+        best = {f"best.{name}": str(value) for name, value in output["best"].items()}
+        self._record("search", params=best, metrics={"best_val_accuracy": output["best_value"]})
+
+    def _training_done(self, output: Mapping[str, Any]) -> None:
+        """All epochs once more, in case that word of one was lost; speed, size, cost; settings after the search."""
+        model, train = trained_configs(self._config, self._outputs.get("preprocess"), self._outputs.get("search"))
+        metrics = {
+            "median_images_per_second": output["images_per_second"],
+            "parameters": cost.parameter_count(model),
+            "forward_gflops_per_image": 2 * cost.macs_per_image(model) / 1e9,
+            **training_cost(output["history"], train.cpus_per_worker, int(train.use_gpu)),
+        }
+        history = tuple({"timestamp": time.time(), **epoch} for epoch in output["history"])
+        resolved = json.dumps({"model": asdict(model), "train": asdict(train)}, indent=1)
+        self._record("train", history=history, metrics=metrics, texts={"resolved.json": resolved})
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends the parent run, and what is open below it, by how the block ended; waits until all is sent."""
-        status = "FINISHED" if kind is None else "KILLED" if kind is Stopped else "FAILED"
-        self._background.submit(self._finish, status)
-        self._background.close(FLUSH_SECONDS)
+        """Ends the parent run, and what is open below it, by how the block ended; waits a while until all is sent."""
+        stopped = kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt))
+        status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        if self._energy.kwh is not None:
+            self._record(metrics={"host_kwh": self._energy.kwh})
+        for run in (*reversed(self._open_runs), ""):
+            self._record(run, status=status)
+        self.unsent = flush(self._sender, self._say, FLUSH_SECONDS_OF_A_STOP if stopped else FLUSH_SECONDS)
 
-    def _run(self, name: str, parent: str | None = None) -> str:
-        """Run of a task, or of a trial below its task."""
-        if name not in self._runs:
-            above = self._run(parent) if parent else self.run_id
-            title = name.rpartition("/")[2]
-            self._runs[name] = self._tracker.find_or_create_run(title, f"{self.identity}/{name}", above)
-        return self._runs[name]
+    def _record(self, run: str = "", **what: Any) -> None:
+        if what.get("status"):
+            self._open_runs.pop(run, None)
+        elif run:
+            self._open_runs[run] = None
+        self._sender.submit(Entry(run, **what))
 
-    def _log_event(self, event: Mapping[str, Any]) -> None:
-        if event["task"] == "search":
-            run_id = self._run(f"search/{event['trial']}", parent="search")
-            self._tracker.log_params(run_id, event["values"])
-        else:
-            run_id = self._run(event["task"])
-        self._tracker.log_history(run_id, [event["metrics"]])
-
-    def _log_done_before(self, manifests: Mapping[str, Mapping[str, Any]]) -> None:
-        self._tracker.set_tags(self.run_id, {f"done_before.{task}": m["key"] for task, m in manifests.items()})
-        if "preprocess" in manifests:
-            self._log_dataset(self.run_id, manifests["preprocess"])
-
-    def _log_dataset(self, run_id: str, preprocessed: Mapping[str, Any]) -> None:
+    def _dataset(self, preprocessed: Mapping[str, Any]) -> dict[str, Any]:
         output = preprocessed["output"]
-        rows = {name: split["rows"] for name, split in output["splits"].items()}
-        place = f"{self._config.storage}/tasks/preprocess/{preprocessed['key']}"
-        self._tracker.log_dataset(run_id, self._config.data.source, output["digest"], place, "training", rows)
+        return {
+            "name": self._config.data.source,
+            "digest": output["digest"],
+            "source": f"{self._config.storage}/tasks/preprocess/{preprocessed['key']}",
+            "context": "training",
+            "profile": {name: split["rows"] for name, split in output["splits"].items()},
+        }
 
-    def _log_done(self, task: str, manifest: Mapping[str, Any]) -> None:
-        run_id, output, tracker = self._run(task), manifest["output"], self._tracker
-        tracker.set_tags(run_id, {"task.key": manifest["key"]})
-        tracker.log_metrics(run_id, {"seconds": manifest["seconds"]})
-        if task == "preprocess":
-            self._log_dataset(run_id, manifest)
-            self._log_dataset(self.run_id, manifest)
-        elif task == "search" and output["best"]:
-            for trial in output["trials"]:
-                trial_run = self._run(f"search/{trial['id']}", parent="search")
-                tracker.log_params(trial_run, trial["values"])
-                tracker.set_tags(trial_run, {"trial.status": trial["status"]})
-                tracker.finish(trial_run, "FAILED" if trial["status"] == "failed" else "FINISHED")
-                del self._runs[f"search/{trial['id']}"]
-            tracker.log_params(run_id, {f"best.{name}": value for name, value in output["best"].items()})
-            tracker.log_metrics(run_id, {"best_val_accuracy": output["best_value"]})
-        elif task == "train":
-            tracker.log_history(run_id, output["history"])
-            tracker.log_metrics(run_id, {"median_images_per_second": output["images_per_second"]})
-        elif task == "evaluate":
-            scores = {f"test_{name}": output[name] for name in SCORES}
-            tracker.log_metrics(run_id, scores)
-            tracker.log_metrics(self.run_id, scores)
-            tracker.log_dict(run_id, {"per_class": output["per_class"]}, "per_class.json")
-        elif task == "register":
-            tracker.set_tags(self.run_id, {"model.uri": output["uri"]})
-        tracker.finish(run_id)
-        del self._runs[task]
+    def _sample_energy(self, every: float) -> None:
+        if time.monotonic() - self._sampled >= every:
+            self._energy.sample()
+            self._sampled = time.monotonic()
 
-    def _finish(self, status: str) -> None:
-        for run_id in (*self._runs.values(), self.run_id):
-            self._tracker.finish(run_id, status)
+
+def open_sender(config: PipelineConfig, identity: str, preset: str) -> Sender:
+    """The sender of a run's entries, also of those that an earlier driver has left.
+
+    Raises:
+        ValueError: if the experiment was deleted.
+    """
+
+    def open_tracker() -> Tracker:
+        return Tracker(config.tracking_uri, config.tracking.experiment, config.artifact_location)
+
+    tracker = None
+    with suppress(TrackingError):  # the sender goes on asking
+        tracker = open_tracker()
+    return Sender(open_tracker, Storage(config.storage), identity, preset, tracker)
+
+
+def flush(sender: Sender, say: Callable[[str], None], seconds: float = FLUSH_SECONDS) -> Unsent | None:
+    """Waits at most so many seconds until all is sent, and says so if it takes long; returns what is left."""
+    unsent = sender.close(QUIET_SECONDS)
+    if unsent and unsent.waiting:
+        say(f"waits up to {seconds:.0f} s for the tracking server, which has {unsent.waiting} records to take")
+        unsent = sender.close(seconds - QUIET_SECONDS)
+    return unsent
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}

@@ -119,11 +119,10 @@ def to_arrays(rows: ray.data.Dataset | ray.data.DataIterator) -> ImageArrays:
     """Collects a dataset of `read_split`, or a worker's part of it, in order of `row_id`."""
     with own_errors():
         batches = list(rows.iter_batches(batch_size=_READ_ROWS))
-    row_ids, images, labels = (
-        np.concatenate([batch[name] for batch in batches]) for name in ("row_id", "image", "label")
-    )
-    order = np.argsort(row_ids)
-    return ImageArrays(row_ids[order], images[order], labels[order])
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    order = np.argsort(columns["row_id"])
+    coarse = columns["coarse_label"][order] if "coarse_label" in columns else None
+    return ImageArrays(columns["row_id"][order], columns["image"][order], columns["label"][order], coarse)
 
 
 @contextlib.contextmanager

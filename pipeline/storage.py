@@ -67,14 +67,26 @@ class Storage:
             return stream.read()
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Writes the whole file or nothing: an object appears once complete, a local file is renamed into place."""
+        """Writes the whole file or nothing: an object appears once complete, a local file is renamed into place.
+
+        A local file is on the disk when this returns, also if the host crashes then.
+        """
         target = self.fs_path(path)
-        self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-        written = f"{target}.{uuid.uuid4().hex}.tmp" if self.is_local else target
-        with self.filesystem.open_output_stream(written) as stream:
-            stream.write(data)
-        if self.is_local:
-            os.replace(written, target)
+        folder = target.rpartition("/")[0]
+        self.filesystem.create_dir(folder, recursive=True)
+        if not self.is_local:
+            with self.filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+            return
+        written = f"{target}.{uuid.uuid4().hex}.tmp"
+        with open(written, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(written, target)
+        directory = os.open(folder, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))

@@ -11,11 +11,17 @@ from perceiver import cost
 from pipeline.config import Options, PipelineConfig, flatten
 from pipeline.storage import Storage
 from pipeline.tasks import TASKS, trained_configs
+from pipeline.tracking_buffer import Unsent
 from pipeline.workflow import Manifest, done, following, task_keys
 
 
 def summarize(
-    preset: str, config: PipelineConfig, manifests: dict[str, Manifest], cached: set[str], run_id: str | None = None
+    preset: str,
+    config: PipelineConfig,
+    manifests: dict[str, Manifest],
+    cached: set[str],
+    run_id: str | None = None,
+    unsent: Unsent | None = None,
 ) -> dict[str, Any]:
     """The summary of the tasks that are done; parts whose task was not run are missing."""
     outputs = {name: manifest["output"] for name, manifest in manifests.items()}
@@ -29,7 +35,12 @@ def summarize(
             }
             for name, manifest in manifests.items()
         },
-        "mlflow": {"tracking_uri": config.tracking_uri, "experiment": config.tracking.experiment, "run_id": run_id},
+        "mlflow": {
+            "tracking_uri": config.tracking_uri,
+            "experiment": config.tracking.experiment,
+            "run_id": run_id,
+            "unsent": str(unsent) if unsent else None,
+        },
     }
     if "preprocess" in outputs:
         summary["dataset"] = {"digest": outputs["preprocess"]["digest"]}
@@ -47,6 +58,8 @@ def summarize(
     if "register" in outputs:
         summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
         summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
+    if "report" in outputs:
+        summary["report"] = Storage(config.storage).absolute(outputs["report"]["report"]["path"])
     return summary
 
 
@@ -69,6 +82,8 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         )
     if model:
         table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
+    if report := summary.get("report"):
+        table.add_row("report", escape(report))
     runs = summary["mlflow"]
     table.add_row("runs", escape(f"experiment {runs['experiment']}, run {runs['run_id']}"))
     table.add_row("to look at them", escape(mlflow_command(runs["tracking_uri"])))

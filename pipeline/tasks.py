@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ModelConfig, PipelineConfig, TrainingConfig, keyed
-from pipeline.workflow import Context, Task
+from pipeline.config import ModelConfig, PipelineConfig, TrainingConfig, flatten, keyed
+from pipeline.workflow import Context, Task, done
 
-MODEL_FILE, PREDICTIONS_FILE = "model.keras", "predictions.npz"
+MODEL_FILE, EVALUATION_FILE, REPORT_FILE = "model.keras", "evaluation.json", "report.html"
 INPUT_EXAMPLE_ROWS = 4
 
 
@@ -86,7 +86,15 @@ def train(context: Context) -> dict[str, Any]:
 
     manifest = context.inputs["preprocess"]
     model, settings = trained_configs(context.config, manifest, context.inputs["search"])
-    output = train(model, settings, manifest, context.storage, state=context.state, board=context.board)
+    output = train(
+        model,
+        settings,
+        manifest,
+        context.storage,
+        state=context.state,
+        board=context.board,
+        initial_model=_initial_model(context) if settings.initial_model else None,
+    )
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / MODEL_FILE
         context.storage.download(f"{output.pop('checkpoint')}/{MODEL_FILE}", local)
@@ -94,61 +102,115 @@ def train(context: Context) -> dict[str, Any]:
         return output | {"model": {"path": f"{context.out}/{MODEL_FILE}", "sha256": _sha256(local)}}
 
 
+def _initial_model(context: Context) -> str:
+    """Storage path of the registered model to begin with, where all workers find it."""
+    from pipeline.registered_model import fetch_file
+    from pipeline.registry import RETRAIN_FILE
+
+    uri, path = str(context.config.train.initial_model), f"{context.state}/initial.keras"
+    with tempfile.TemporaryDirectory() as folder:
+        context.storage.upload(fetch_file(uri, context.config.tracking_uri, RETRAIN_FILE, Path(folder)), path)
+    return path
+
+
 def evaluate(context: Context) -> dict[str, Any]:
+    import io
+    import json
+
     import keras
     import numpy as np
 
     import perceiver.model  # noqa: F401  registers its classes with Keras
     from pipeline.evaluate import evaluate
+    from pipeline.predictions import write_predictions, write_verified
     from pipeline.preprocess import materialize_split, to_arrays
 
-    test = to_arrays(materialize_split(context.inputs["preprocess"], "test", context.storage))
+    manifest, storage, out = context.inputs["preprocess"], context.storage, context.out
+    test, validation = (to_arrays(materialize_split(manifest, split, storage)) for split in ("test", "validation"))
     with tempfile.TemporaryDirectory() as folder:
         model = keras.saving.load_model(_fetch_model(context, folder), compile=False)
-        metrics, probabilities = evaluate(model, test)
-        predictions = Path(folder) / PREDICTIONS_FILE
-        np.savez_compressed(predictions, row_ids=test.row_ids, labels=test.labels, probabilities=probabilities)
-        context.storage.upload(predictions, f"{context.out}/{PREDICTIONS_FILE}")
-    return metrics | {"predictions": f"{context.out}/{PREDICTIONS_FILE}"}
+    found = evaluate(
+        model, test, validation, context.config.evaluation, manifest["label_names"], manifest["coarse_label_names"]
+    )
+    pictures = io.BytesIO()
+    np.savez_compressed(pictures, allow_pickle=False, **found.pictures)
+    results, calibration = found.results, found.results["calibration"]
+    return results["test"] | {
+        "per_class": results["per_class"],
+        "test_digest": manifest["splits"]["test"]["digest"],
+        "validation": results["validation"],
+        "calibration": {
+            "num_bins": calibration["num_bins"],
+            "temperature": calibration["temperature"],
+            "ece": calibration["before"]["ece"],
+            "ece_calibrated": calibration["after"]["ece"],
+            "loss_calibrated": calibration["loss_after"],
+        },
+        "latency": results["speed"],
+        "predictions": {
+            "test": write_predictions(found.test, storage, f"{out}/test.parquet"),
+            "validation": write_predictions(found.validation, storage, f"{out}/validation.parquet"),
+        },
+        "evaluation": write_verified(json.dumps(results).encode(), storage, f"{out}/{EVALUATION_FILE}"),
+        "pictures": write_verified(pictures.getvalue(), storage, f"{out}/pictures.npz"),
+    }
 
 
 def register(context: Context) -> dict[str, Any]:
+    from pipeline.predictions import read_predictions
     from pipeline.preprocess import materialize_split, to_arrays
-    from pipeline.tracking import Tracker, register
+    from pipeline.registration import TrainedModel, register_trained
 
-    config, manifest = context.config, context.inputs["preprocess"]
-    tracker = Tracker(config.tracking_uri, config.tracking.experiment, config.artifact_location)
-    run_id = tracker.find_run(context.run_identity)
-    assert run_id is not None, "the driver makes the run before it starts a task"
-    test = to_arrays(materialize_split(manifest, "test", context.storage))
-    scores = context.inputs["evaluate"]
+    data, trained, scores = (context.inputs[name] for name in ("preprocess", "train", "evaluate"))
+    model, settings = trained_configs(context.config, data, context.inputs["search"])
     with tempfile.TemporaryDirectory() as folder:
-        registered = register(
-            tracker,
-            model_path=_fetch_model(context, folder),
-            name=config.tracking.model_name,
-            identity=f"{context.run_identity}/register",
-            run_id=run_id,
-            input_example=test.images[:INPUT_EXAMPLE_ROWS],
-            label_names=manifest["label_names"],
-            alias=config.tracking.alias,
-            tags={
-                "dataset.sha256": manifest["digest"],
-                "test.sha256": manifest["splits"]["test"]["digest"],
-                "test.top1": f"{scores['top1']:.6f}",
-                "test.top5": f"{scores['top5']:.6f}",
-            },
+        made = TrainedModel(
+            path=_fetch_model(context, folder),
+            input_example=to_arrays(materialize_split(data, "test", context.storage)).images[:INPUT_EXAMPLE_ROWS],
+            test=read_predictions(scores["predictions"]["test"], context.storage),
+            model=model,
+            train=settings,
+            data=data,
+            trained=trained,
+            scores=scores,
         )
-    return registered | {
-        "tracking_uri": config.tracking_uri,
-        "experiment": config.tracking.experiment,
-        "run_id": run_id,
-    }
+        return register_trained(made, context.config, context.run_identity)
+
+
+def report(context: Context) -> dict[str, Any]:
+    import io
+    import json
+
+    import numpy as np
+
+    from perceiver import cost
+    from pipeline.predictions import read_verified, write_verified
+    from pipeline.report import RunRecord, render
+
+    config, storage, inputs = context.config, context.storage, context.inputs
+    model, training = trained_configs(config, inputs["preprocess"], inputs["search"])
+    finished = done(TASKS[:-1], config, storage)
+    with np.load(io.BytesIO(read_verified(inputs["evaluate"]["pictures"], storage))) as pictures:
+        record = RunRecord(
+            title=f"Perceiver on {config.data.source}",
+            outputs=inputs,
+            seconds={name: manifest["seconds"] for name, manifest in finished.items()},
+            settings=flatten(replace(config, model=model, train=training)),
+            results=json.loads(read_verified(inputs["evaluate"]["evaluation"], storage)),
+            pictures=dict(pictures),
+            parameters=cost.parameter_count(model),
+            macs_per_image=cost.macs_per_image(model),
+            workers=inputs["train"]["num_workers"],
+            cpus_per_worker=training.cpus_per_worker,
+            gpus_per_worker=int(training.use_gpu),
+            run_id=inputs["register"]["run_id"],
+        )
+    return {"report": write_verified(render(record).encode(), storage, f"{context.out}/{REPORT_FILE}")}
 
 
 def _is_registered_there(config: PipelineConfig, output: dict[str, Any]) -> bool:
     wanted = (config.tracking_uri, config.tracking.model_name, config.tracking.alias)
-    return (output["tracking_uri"], output["name"], output["alias"]) == wanted
+    return (output["tracking_uri"], output["name"], output["champion"]) == wanted
 
 
 def _fetch_model(context: Context, folder: str) -> str:
@@ -221,14 +283,29 @@ TASKS = (
         _workers,
         stoppable=True,
     ),
-    Task("evaluate", 1, ("preprocess", "train"), lambda config: {}, evaluate, lambda config: "1 process"),
+    Task(
+        "evaluate",
+        2,
+        ("preprocess", "train"),
+        lambda config: {"evaluation": keyed(config.evaluation)},
+        evaluate,
+        lambda config: "1 process",
+    ),
     Task(
         "register",
-        1,
-        ("preprocess", "train", "evaluate"),
+        2,
+        ("preprocess", "search", "train", "evaluate"),
         lambda config: {},
         register,
         lambda config: "1 process",
         is_current=_is_registered_there,
+    ),
+    Task(
+        "report",
+        1,
+        ("preprocess", "search", "train", "evaluate", "register"),
+        lambda config: {},
+        report,
+        lambda config: "1 process",
     ),
 )

@@ -1,49 +1,79 @@
-"""Everything MLflow: runs, metrics, data sets, and the registry; no other module imports mlflow.
+"""Runs in MLflow: parameters, metrics, files and data sets, each once however often a call is repeated.
 
 All goes through one `MlflowClient` with an explicit URI. There is no active run and no global tracking URI, so
-MLFLOW_RUN_ID and its like in the environment change nothing. What a killed driver may repeat is safe to repeat: runs,
-logged models and model versions carry the tag `pipeline.identity`, and are looked up by it before they are made.
+MLFLOW_RUN_ID and its like in the environment change nothing. What a killed driver may repeat is safe to repeat: runs
+carry the tag `pipeline.identity`, and are looked up by it before they are made.
 """
 
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
 from mlflow import MlflowClient, MlflowException
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModel,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    RunTag,
-)
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
+TrackingError = MlflowException  # for modules that do not import MLflow
+T = TypeVar("T")
 IDENTITY_TAG = "pipeline.identity"
-EXPORT_REQUIREMENTS = ("mlflow", "keras", "tensorflow", "numpy")
+# MLflow takes these from nowhere else, at each call, unless the user has set them.
+ENVIRONMENT = {
+    # It would ask a server that does not answer for four minutes a call; who waits here asks again by himself.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for every run that ends
+}
+RETRY_SECONDS = 2.0
+# What MLflow answers where the same call will never succeed.
+REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+
+
+def client_of(uri: str | None) -> MlflowClient:
+    """Of the store and the registry at `uri`; its calls end in bounded time where a server does not answer."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class TrackingUnavailable(RuntimeError):
+    """The tracking store has not answered for too long."""
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later: the store did not answer, or it failed; it has not declined."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in REFUSALS
+    return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
+
+
+def patiently(call: Callable[[], T], uri: str, seconds: float) -> T:
+    """What `call` returns, which may be repeated: a store that does not answer is asked again for so many seconds.
+
+    Raises:
+        TrackingUnavailable: after that; names `uri`.
+        Exception: what `call` raises where it is no use to try again.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if time.monotonic() > end:
+                raise TrackingUnavailable(
+                    f"tracking.uri = {uri} has not answered for {seconds:.0f} s: the same command goes on from here "
+                    f"when it does ({error})"
+                ) from error
+            time.sleep(RETRY_SECONDS)
 
 
 class Tracker:
@@ -61,13 +91,14 @@ class Tracker:
     """
 
     def __init__(self, uri: str, experiment: str, artifact_location: str | None = None) -> None:
+        self.uri = uri
         self._lock: Path | None = None
         if uri.startswith("sqlite:///"):
             database = Path(uri.removeprefix("sqlite:///"))
             database.parent.mkdir(parents=True, exist_ok=True)
             self._lock = database.with_name(f"{database.name}.lock")
         with self.exclusive():
-            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self.client = client_of(uri)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
                 try:
@@ -106,6 +137,17 @@ class Tracker:
             max_results=1,
         )
         return runs[0].info.run_id if runs else None
+
+    def run(self, identity: str) -> str:
+        """The run with this identity.
+
+        Raises:
+            TrackingUnavailable: if there is none yet: it is still on its way, from another process.
+        """
+        run_id = self.find_run(identity)
+        if run_id is None:
+            raise TrackingUnavailable(f"the run {identity} has not been recorded yet")
+        return run_id
 
     def find_or_create_run(
         self, name: str, identity: str, parent_run_id: str | None = None, tags: Mapping[str, str] | None = None
@@ -166,7 +208,12 @@ class Tracker:
             for key in row.keys() - {"epoch", "timestamp"}:
                 if step not in self._logged_steps(run_id, key):
                     metrics.append(Metric(key, float(row[key]), timestamp, step))
-        self.client.log_batch(run_id, metrics=metrics, synchronous=True)
+        try:
+            self.client.log_batch(run_id, metrics=metrics, synchronous=True)
+        except Exception:
+            for metric in metrics:  # some may have arrived, although the answer has not: to be asked for
+                self._steps.pop((run_id, metric.key), None)
+            raise
         for metric in metrics:
             self._steps[run_id, metric.key].add(metric.step)
 
@@ -224,188 +271,3 @@ class Tracker:
 
 def _same(logged: float | None, value: float) -> bool:
     return logged is not None and (logged == value or (math.isnan(logged) and math.isnan(value)))
-
-
-class BackgroundTracker:
-    """Runs calls in order on a thread of its own, so that a slow tracking server does not hold up training.
-
-    A call that fails is dropped, and training goes on; `close` warns once.
-    """
-
-    def __init__(self) -> None:
-        self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
-        self._errors: list[Exception] = []
-        # A daemon, since a server that does not answer holds a call for minutes.
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
-
-    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Calls `function` later; returns at once and never raises."""
-        self._calls.put(lambda: function(*args, **kwargs))
-
-    def close(self, timeout: float = 30.0) -> None:
-        """Waits at most `timeout` seconds for the calls submitted so far."""
-        self._calls.put(None)
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            message = f"tracking did not finish within {timeout} s; about {self._calls.qsize()} calls are lost"
-            warnings.warn(message, stacklevel=2)
-        elif self._errors:
-            message = f"{len(self._errors)} tracking calls failed, the first with: {self._errors[0]!r}"
-            warnings.warn(message, stacklevel=2)
-
-    def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            try:
-                call()
-            except Exception as error:
-                self._errors.append(error)
-
-
-def environment_tags() -> dict[str, str]:
-    """Git commit (if the project is a checkout), Python, machine, versions and command line, as tags of a run."""
-    packages = ("keras", "tensorflow", "ray", "mlflow", "numpy", "pyarrow")
-    tags = {f"version.{package}": importlib.metadata.version(package) for package in packages}
-    tags["version.python"] = platform.python_version()
-    tags["platform"] = platform.platform()
-    tags["cpu_count"] = str(os.cpu_count())
-    # URLs may carry a password.
-    tags["command"] = re.sub(r"://[^/@\s]+@", "://***@", shlex.join(sys.argv))
-    root = Path(__file__).resolve().parents[1]
-    if (root / ".git").exists():
-        with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit yet
-            tags["mlflow.source.git.commit"] = _git(root, "rev-parse", "HEAD")
-            tags["mlflow.source.git.dirty"] = str(bool(_git(root, "status", "--porcelain"))).lower()
-    return tags
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", os.fspath(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def register(
-    tracker: Tracker,
-    *,
-    model_path: str,
-    name: str,
-    identity: str,
-    run_id: str,
-    input_example: np.ndarray,
-    label_names: Sequence[str],
-    alias: str = "champion",
-    tags: Mapping[str, str] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
-    """Registers a trained classifier as a version of `name`, once for an identity, and gives it the alias.
-
-    The version takes raw uint8 images and returns probabilities (n, K). It is an exported graph: it loads without this
-    project and without pickle. The `.keras` file lies beside it, as `retrain/model.keras`, for training on. An alias
-    never moves back to an older version.
-
-    Args:
-        model_path: local `.keras` file of a model: uint8 images to logits.
-        input_example: uint8 images (n, H, W, C).
-        label_names: names of the K classes in order.
-
-    Returns:
-        `name`, `version`, `alias`, `uri` (`models:/<name>/<version>`) and `model_id`.
-    """
-    client = tracker.client
-    with tracker.exclusive():
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        model = _logged_model(tracker, identity, name, run_id)
-        versions = client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY_TAG}` = '{identity}'")
-        if versions:
-            version = min(versions, key=lambda version: int(version.version))
-        else:
-            if model.status != LoggedModelStatus.READY:
-                with tempfile.TemporaryDirectory() as folder:
-                    _export(model, folder, model_path, run_id, input_example, label_names, dict(metadata or {}))
-                    client.log_model_artifacts(model.model_id, folder)
-                client.finalize_logged_model(model.model_id, "READY")
-            # The tag goes into the call that creates the version, so that none exists without. The source is not
-            # `models:/<model_id>`: an SQL store looks that up in the global tracking URI.
-            version = client.create_model_version(
-                name,
-                source=model.artifact_location,
-                run_id=run_id,
-                model_id=model.model_id,
-                tags={**(tags or {}), IDENTITY_TAG: identity, "label_names": json.dumps(list(label_names))},
-            )
-        client.set_logged_model_tags(
-            model.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version.version}])}
-        )
-        holder = client.get_registered_model(name).aliases.get(alias)
-        if holder is None or int(holder) < int(version.version):
-            client.set_registered_model_alias(name, alias, version.version)
-    return {
-        "name": name,
-        "version": str(version.version),
-        "alias": alias,
-        "uri": f"models:/{name}/{version.version}",
-        "model_id": model.model_id,
-    }
-
-
-def _logged_model(tracker: Tracker, identity: str, name: str, run_id: str) -> LoggedModel:
-    """The one logged model with this identity, as an output of the run; PENDING until its files are complete."""
-    client = tracker.client
-    models = client.search_logged_models([tracker.experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'")
-    if models:
-        model = models[0]
-    else:
-        tags = {IDENTITY_TAG: identity}
-        model = client.create_logged_model(tracker.experiment_id, name, source_run_id=run_id, tags=tags)
-    outputs = client.get_run(run_id).outputs
-    if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else [])):
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-    return model
-
-
-def _export(
-    model: LoggedModel,
-    folder: str,
-    model_path: str,
-    run_id: str,
-    input_example: np.ndarray,
-    label_names: Sequence[str],
-    metadata: dict[str, Any],
-) -> None:
-    """Writes the MLflow model: raw uint8 images to probabilities."""
-    # Here, since they load TensorFlow, and a driver that only records runs needs none of it.
-    import keras
-    import mlflow.keras
-    from mlflow.models import Model, ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    import perceiver.model  # noqa: F401  registers its classes with Keras
-
-    classifier = keras.saving.load_model(model_path, compile=False)
-    images = keras.Input(input_example.shape[1:], dtype="uint8", name="images")
-    probabilities = keras.layers.Softmax(dtype="float32", name="probabilities")(classifier(images))
-    signature = ModelSignature(
-        # No names: pyfunc would make a dict of a named input, and the exported graph refuses dicts.
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *input_example.shape[1:]))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(label_names)))]),
-    )
-    with redirect_stdout(sys.stderr):  # Keras prints the endpoints that it exports
-        mlflow.keras.save_model(
-            keras.Model(images, probabilities),
-            folder,
-            save_exported_model=True,
-            mlflow_model=Model(
-                artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
-            ),
-            signature=signature,
-            input_example=input_example,
-            # Given, since MLflow would otherwise start a process that loads the model to see what it imports.
-            pip_requirements=[f"{package}=={importlib.metadata.version(package)}" for package in EXPORT_REQUIREMENTS],
-            metadata={**metadata, "label_names": list(label_names)},
-        )
-    os.makedirs(os.path.join(folder, "retrain"))
-    shutil.copy(model_path, os.path.join(folder, "retrain", "model.keras"))

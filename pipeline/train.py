@@ -53,6 +53,7 @@ def train(
     *,
     state: str,
     board: Board,
+    initial_model: str | None = None,
 ) -> dict[str, Any]:
     """Trains `model` on the workers that `config` asks for; goes on from the last checkpoint below `state`, if any.
 
@@ -61,6 +62,7 @@ def train(
         manifest: of the preprocessed data.
         state: storage prefix of the checkpoints; the same for all attempts.
         board: gets every epoch's metrics as an event; its stop request ends the training with a checkpoint.
+        initial_model: storage path of the `.keras` file whose weights the training begins with, if any.
 
     Returns:
         `history` (metrics of every epoch), `images_per_second` (median over the epochs), `epochs`, `best_epoch`,
@@ -81,7 +83,13 @@ def train(
     store = CheckpointStore(storage, f"{state}/checkpoints", config.checkpoints_kept)
     trainer = DataParallelTrainer(
         train_loop_per_worker=train_loop_per_worker,
-        train_loop_config={"model": asdict(model), "train": asdict(config), "board": board, "store": store},
+        train_loop_config={
+            "model": asdict(model),
+            "train": asdict(config),
+            "board": board,
+            "store": store,
+            "initial_model": (storage, initial_model) if initial_model else None,
+        },
         backend_config=TensorFlowConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]
@@ -124,7 +132,8 @@ def train(
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs; `settings` has `model`, `train` (plain dicts), `board` and `store`.
+    """What each Ray Train worker runs; `settings` has `model`, `train` (plain dicts), `board`, `store` and
+    `initial_model` (storage and path, or None).
 
     Of an elastic group as many workers train as divide the global batch; the others stand by.
 
@@ -168,6 +177,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             return {}
         if rank and newest and not store.restore(newest, checkpoint):
             raise WorkerError(f"the checkpoint {store.path(newest)} has not arrived whole at worker {rank}")
+        initial = Path(folder) / "initial.keras" if settings["initial_model"] and not newest else None
+        if initial:
+            storage, path = settings["initial_model"]
+            storage.download(path, initial)
         _leave_out_the_rest(num_workers)
         error, preempted = None, False
         try:
@@ -178,6 +191,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 to_arrays(ray.train.get_dataset_shard("validation")),
                 report=report,
                 resume_from=checkpoint if newest else None,
+                initial_model=initial,
                 on_stop=on_stop,
                 on_step=on_step,
                 rank=rank,
@@ -238,6 +252,7 @@ def train_in_process(
     *,
     report: Callable[[dict[str, Any], Path | None], None],
     resume_from: Path | None,
+    initial_model: Path | None = None,
     on_stop: Callable[[Callable[[], None]], None] = lambda request: None,
     on_step: Callable[[dict[str, float]], None] = lambda step: None,
     rank: int = 0,
@@ -253,7 +268,7 @@ def train_in_process(
     # Imported here, not at the top: processes that only start workers do without TensorFlow.
     import tensorflow as tf
 
-    from pipeline.fit import Interrupted, NotFinite, Worker, fit
+    from pipeline.fit import InitialModelError, Interrupted, NotFinite, Worker, fit
 
     # Ray sets no threads for TensorFlow, which would take all cores of the host for every worker.
     threads = max(1, int(config.cpus_per_worker))
@@ -264,11 +279,17 @@ def train_in_process(
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     worker = Worker(
-        report=report, rank=rank, num_workers=num_workers, resume_from=resume_from, on_stop=on_stop, on_step=on_step
+        report=report,
+        rank=rank,
+        num_workers=num_workers,
+        resume_from=resume_from,
+        initial_model=initial_model,
+        on_stop=on_stop,
+        on_step=on_step,
     )
     try:
         fit(model, config, train, validation, worker)
     except Interrupted as error:
         raise StoppedEarly from error
-    except NotFinite as error:
+    except (InitialModelError, NotFinite) as error:
         raise TrainingError(str(error)) from error

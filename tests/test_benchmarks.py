@@ -59,6 +59,15 @@ def test_model_step() -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_batch_inference() -> None:
+    table, result = benchmark("batch_inference", *("--num-images", "600", "--part-rows", "200", "--num-processes", "1"))
+    assert "600 images, 1 processes" in table
+    assert result["ratio"] == pytest.approx(result["pipeline_images_per_second"] / result["loop_images_per_second"])
+    assert min(result["loop_start_seconds"]) > 0
+    assert result["pipeline_start_seconds"] > 0
+
+
 def test_the_products_of_a_step_are_those_that_the_cost_counts() -> None:
     for config in (presets.cifar100(), presets.keras_example(), presets.keras_example_fixed()):
         batch = 4

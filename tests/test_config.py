@@ -207,6 +207,10 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
         ("--tracking.experiment=", "tracking.experiment = ''", "give a name"),
         ("--tracking.model-name a/b", "tracking.model_name = 'a/b'", "without / and :"),
         ("--tracking.alias V1", "tracking.alias = 'V1'", "letters, digits"),
+        ("--tracking.alias challenger", "tracking.alias = 'challenger'", "alias of the others"),
+        ("--promotion.min-gain 1", "promotion.min_gain = 1.0", "below 1"),
+        ("--train.initial-model models:/m@champion", "train.initial_model = 'models:/m@champion'", "no alias"),
+        ("quickstart --train.initial-model models:/m/1", "models:/m/1 has a shape of its own", "--search.num-trials 0"),
         ("--summary-json /nope/summary.json", "summary-json = '/nope/summary.json'", "make it"),
     ],
 )
@@ -249,12 +253,15 @@ def test_a_range_of_workers() -> None:
     assert flatten(config_of("--train.num-workers", "1:4"))["train.num_workers"] == (1, 4)
 
 
+SECTIONS = [f.name for f in fields(PipelineConfig) if f.name != "storage"]
+
+
 def test_flatten_has_every_field_once() -> None:
     flat = flatten(quickstart())
     assert flat["train.learning_rate"] == 3e-3
     assert flat["model.image_shape"] == (8, 8, 1)
     assert flat["storage"] == "./runs"
-    assert len(flat) == sum(len(asdict(quickstart())[name]) for name in ("data", "model", "search", "train")) + 5
+    assert len(flat) == sum(len(asdict(quickstart())[name]) for name in SECTIONS) + 1
     json.dumps(flat)
 
 

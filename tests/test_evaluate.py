@@ -1,69 +1,156 @@
-"""Metrics against plain loops and scikit-learn, and predictions of a real model."""
+"""`evaluate` on a real, untrained model: what it says follows from the logits that it stores."""
 
-import keras
+import json
+from typing import Any
+
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, log_loss, recall_score, top_k_accuracy_score
+from tiny_perceivers import TINY
 
+from perceiver.config import PerceiverConfig
+from perceiver.model import Perceiver, attention_maps
+from pipeline import metrics
 from pipeline.batches import ImageArrays
-from pipeline.evaluate import evaluate, metrics, predict
+from pipeline.calibration import fit_temperature
+from pipeline.config import EvaluationConfig
+from pipeline.evaluate import Evaluation, compiled, evaluate, logits_of
+from pipeline.predictions import read_predictions, write_predictions
+from pipeline.storage import Storage
+
+CONFIG: PerceiverConfig = TINY["patches"]
+SETTINGS = EvaluationConfig(corruption_rows=40, corruption_severities=(1, 5), confident_mistakes=7, latency_calls=4)
+COARSE_OF = np.array([0, 0, 1, 1, 1], np.int32)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+def split(num_rows: int, seed: int) -> ImageArrays:
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (num_rows, *CONFIG.image_shape), dtype=np.uint8)
+    labels = np.arange(num_rows, dtype=np.int32) % CONFIG.num_classes
+    return ImageArrays(np.sort(random.permutation(3 * num_rows)[:num_rows]), images, labels, COARSE_OF[labels])
 
 
-def test_metrics_equal_the_reference() -> None:
-    random = np.random.default_rng(0)
-    num_classes, num_rows = 20, 500
-    probabilities = softmax(2 * random.normal(size=(num_rows, num_classes)))
-    labels = random.integers(0, num_classes, num_rows).astype(np.int32)
-    found, classes = metrics(probabilities, labels), np.arange(num_classes)
-    assert found["num_examples"] == num_rows
-    assert found["top1"] == pytest.approx(accuracy_score(labels, probabilities.argmax(axis=1)), abs=1e-12)
-    assert found["top5"] == pytest.approx(top_k_accuracy_score(labels, probabilities, k=5, labels=classes), abs=1e-12)
-    exact = probabilities / probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
-    assert found["loss"] == pytest.approx(log_loss(labels, exact, labels=classes), abs=1e-6)
-    recalls = recall_score(labels, probabilities.argmax(axis=1), average=None)
-    np.testing.assert_allclose(found["per_class"], recalls, atol=1e-12)
-    best_five = np.argsort(-probabilities, axis=1)[:, :5]
-    assert found["top5"] == pytest.approx((best_five == labels[:, None]).any(axis=1).mean(), abs=1e-12)
+@pytest.fixture(scope="module")
+def model() -> Perceiver:
+    import keras
 
-
-def test_of_equally_likely_classes_the_first_counts() -> None:
-    labels = np.arange(10)
-    found = metrics(np.full((10, 10), 0.1, np.float32), labels)
-    assert (found["top1"], found["top5"]) == (0.1, 0.5)  # a model that knows nothing hits no more than chance
-    assert found["per_class"] == [1.0] + [0.0] * 9
-    assert found["loss"] == pytest.approx(np.log(10), abs=1e-6)
-
-
-def test_classes_without_rows_have_no_accuracy() -> None:
-    found = metrics(np.eye(4, dtype=np.float32)[[1, 1, 2]], np.array([1, 3, 2]))
-    assert found["per_class"] == [None, 1.0, 1.0, 0.0]
-    assert found["top1"] == pytest.approx(2 / 3)
-    assert found["top5"] == 1.0  # of four classes
-    assert np.isfinite(found["loss"])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_model_that_diverged_is_refused(value: float) -> None:
-    probabilities = np.full((3, 4), 0.25, np.float32)
-    probabilities[1] = value
-    with pytest.raises(ValueError, match="1 of 3 images no finite probabilities"):
-        metrics(probabilities, np.array([0, 1, 2]))
-
-
-def test_every_image_is_predicted_once_and_in_order() -> None:
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((4, 4, 1), dtype="uint8"), keras.layers.Flatten(), keras.layers.Dense(6)])
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (11, 4, 4, 1), dtype=np.uint8)
-    labels = random.integers(0, 6, 11).astype(np.int32)
-    kernel, bias = model.layers[-1].get_weights()
-    expected = softmax(images.reshape(11, 16) @ kernel + bias)
-    np.testing.assert_allclose(predict(model, images, batch_size=4), expected, atol=1e-5)
-    found, probabilities = evaluate(model, ImageArrays(np.arange(11), images, labels))
-    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
-    assert found == metrics(probabilities, labels)
+    fields = {name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | {"zero_init_logits": False}
+    made = Perceiver(**fields)
+    made.build((None, *CONFIG.image_shape))
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows() -> ImageArrays:
+    return split(301, seed=1)
+
+
+@pytest.fixture(scope="module")
+def found(model: Perceiver, rows: ImageArrays) -> Evaluation:
+    return evaluate(model, rows, split(60, seed=2), SETTINGS, list("abcde"), ["x", "y"])
+
+
+def test_every_image_is_predicted_once_and_in_order(model: Perceiver, rows: ImageArrays) -> None:
+    logits = logits_of(compiled(model, CONFIG.image_shape), rows.images)
+    np.testing.assert_allclose(logits, np.asarray(model(rows.images)), atol=1e-5)
+
+
+def test_results_follow_from_the_logits(found: Evaluation, rows: ImageArrays) -> None:
+    results = json.loads(json.dumps(found.results))
+    logits, labels = found.test.logits, rows.labels
+    assert results["test"] == metrics.scores(logits, labels)
+    assert results["validation"] == metrics.scores(found.validation.logits, found.validation.labels)
+    assert np.sum(results["confusion"]) == 301
+    assert np.trace(results["confusion"]) / 301 == pytest.approx(results["test"]["top1"])
+    calibration = results["calibration"]
+    assert calibration["temperature"] == fit_temperature(found.validation.logits, found.validation.labels)
+    assert calibration["loss_after"] == pytest.approx(metrics.cross_entropy(logits, labels, calibration["temperature"]))
+    for state in ("before", "after"):
+        assert sum(b["rows"] for b in calibration[state]["bins"]) == 301
+        assert len(calibration[state]["bins"]) == calibration["num_bins"] == 15
+
+
+def test_superclasses(found: Evaluation, rows: ImageArrays) -> None:
+    coarse = found.results["superclasses"]
+    predicted = COARSE_OF[found.test.logits.argmax(axis=1)]
+    assert coarse["of_class"] == COARSE_OF.tolist()
+    assert coarse["top1"] == pytest.approx((predicted == rows.coarse_labels).mean())
+    assert coarse["top1"] >= found.results["test"]["top1"]
+    assert np.array(coarse["confusion"]).shape == (2, 2)
+    weights = np.bincount(rows.coarse_labels) / 301  # type: ignore[arg-type]
+    assert np.dot(weights, coarse["class_top1"]) == pytest.approx(found.results["test"]["top1"])
+
+
+def test_data_without_superclasses(model: Perceiver, rows: ImageArrays) -> None:
+    plain = ImageArrays(rows.row_ids, rows.images, rows.labels)
+    settings = EvaluationConfig(corruption_rows=0, latency_calls=1)
+    results = evaluate(model, plain, plain, settings, list("abcde")).results
+    assert results["superclasses"] is None
+    assert results["robustness"] is None
+
+
+def test_robustness_and_speed(found: Evaluation) -> None:
+    robustness, speed = found.results["robustness"], found.results["speed"]
+    assert robustness["num_examples"] == 40
+    assert robustness["top1"].keys() == {"noise", "blur", "brightness", "contrast", "pixelate"}
+    assert all(len(values) == 2 and 0 <= min(values) <= max(values) <= 1 for values in robustness["top1"].values())
+    assert robustness["mean_top1"] == pytest.approx(np.mean(list(robustness["top1"].values())))
+    assert 0 < speed["batch_1_median_ms"] <= speed["batch_1_p95_ms"]
+    assert speed["batch_256_images_per_second"] > 1000 / speed["batch_1_median_ms"], (
+        "a batch is quicker than one by one"
+    )
+
+
+def test_mistakes_are_the_most_confident_and_have_their_pictures(found: Evaluation, rows: ImageArrays) -> None:
+    mistakes = found.results["slices"]["confident_mistakes"]
+    assert len(mistakes) == 7
+    confidence = metrics.softmax(found.test.logits, found.results["calibration"]["temperature"]).max(axis=1)
+    wrong = found.test.logits.argmax(axis=1) != rows.labels
+    assert mistakes[0]["confidence"] == pytest.approx(float(confidence[wrong].max()))
+    assert [m["confidence"] for m in mistakes] == sorted((m["confidence"] for m in mistakes), reverse=True)
+    pictures = dict(zip(found.pictures["row_ids"], found.pictures["images"], strict=True))
+    shown = [row for entry in found.results["slices"]["worst_classes"] for row in entry["examples"]]
+    for row in [*mistakes, *shown]:
+        assert row["predicted"] != row["label"]
+        (position,) = np.flatnonzero(rows.row_ids == row["row_id"])
+        assert rows.labels[position] == row["label"]
+        np.testing.assert_array_equal(pictures[row["row_id"]], rows.images[position])
+
+
+def test_attention_is_that_of_the_model(model: Perceiver, found: Evaluation, rows: ImageArrays) -> None:
+    pictures = found.pictures
+    assert pictures["attention"].shape[:2] == (CONFIG.num_iterations, len(pictures["attention_row_ids"]))
+    np.testing.assert_allclose(pictures["attention"].sum(axis=(2, 3)), 1, atol=1e-5)
+    position = np.searchsorted(rows.row_ids, pictures["attention_row_ids"][1])
+    maps = attention_maps(model, rows.images[position : position + 1])[:, 0]
+    np.testing.assert_allclose(pictures["attention"][:, 1], maps.mean(axis=(1, 2)), atol=1e-6)
+
+
+def test_predictions_are_read_as_they_were_written(found: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> None:
+    storage = Storage(str(tmp_path_factory.mktemp("storage")))
+    entry = write_predictions(found.test, storage, "out/test.parquet")
+    again = read_predictions(entry, storage)
+    for name in ("row_ids", "labels", "logits"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found.test, name))
+        assert getattr(again, name).dtype == getattr(found.test, name).dtype
+    data = bytearray(storage.read_bytes("out/test.parquet"))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes("out/test.parquet", bytes(data))
+    with pytest.raises(ValueError, match=r"test.parquet has SHA-256 .* --force"):
+        read_predictions(entry, storage)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"corruption_severities": (1, 6)}, r"evaluation.corruption_severities = \(1, 6\): give some of 1 2 3 4 5"),
+        ({"corruption_severities": ()}, "evaluation.corruption_severities"),
+        ({"calibration_bins": 0}, "evaluation.calibration_bins = 0: give at least 1"),
+        ({"corruption_rows": -1}, "evaluation.corruption_rows = -1"),
+        ({"confident_mistakes": -1}, "evaluation.confident_mistakes = -1: give 0 or more"),
+        ({"seed": 2**31}, "evaluation.seed"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**settings)

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.metrics import softmax
+from pipeline.predictions import read_predictions
+from pipeline.storage import Storage
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["--train.epochs", "4", "--search.num-trials", "2", "--search.epochs", "1"]
 NO_SEARCH = ["--search.num-trials", "0"]
-TASKS = ["ingest", "preprocess", "search", "train", "evaluate", "register"]
+TASKS = ["ingest", "preprocess", "search", "train", "evaluate", "register", "report"]
 
 
 @dataclass
@@ -158,7 +162,8 @@ def test_runs_are_recorded_as_parent_children_and_grandchildren(runs: Runs) -> N
 
 def test_the_registered_model_predicts_elsewhere_what_evaluate_saw(runs: Runs, tmp_path: Path) -> None:
     """In a process that cannot import this project and may not unpickle."""
-    predictions = runs.storage / manifest(runs, "evaluate")["output"]["predictions"]
+    evaluated = manifest(runs, "evaluate")["output"]
+    predictions = read_predictions(evaluated["predictions"]["test"], Storage(str(runs.storage)))
     shards = manifest(runs, "preprocess")["output"]["splits"]["test"]["shards"]
     images = tmp_path / "images.npy"
     import pyarrow as pa
@@ -177,8 +182,30 @@ def test_the_registered_model_predicts_elsewhere_what_evaluate_saw(runs: Runs, t
     env = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    with np.load(predictions) as expected:
-        np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected["probabilities"], atol=1e-5)
+    expected = softmax(predictions.logits, evaluated["calibration"]["temperature"])
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-5)
+
+
+def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Runs) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs.storage}/mlflow.db")
+    found = {run.info.run_name: run for run in runs_in_mlflow(runs)}
+    parent, train = found["quickstart"], found["train"]
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"config.json", "hardware.json", "command.txt", "packages.txt", "report.html"} <= files
+    assert "pipeline/run.py quickstart --storage" in parent.data.tags["command"]
+    assert parent.data.params["train.seed"] == "0"
+    hours = sum(m.value for m in client.get_metric_history(train.info.run_id, "seconds") if m.step) * 2 / 3600
+    assert train.data.metrics["core_hours"] == pytest.approx(hours)
+    assert train.data.metrics["median_images_per_second"] > 0
+    assert train.data.metrics["forward_gflops_per_image"] > 0
+    version = client.get_model_version("perceiver", "1")
+    card = (Path(str(version.source)) / "README.md").read_text()
+    digest = manifest(runs, "preprocess")["output"]["digest"]
+    assert all(text in card for text in (digest, "## Limits", "CC BY 4.0", "Apache-2.0", "train.learning_rate"))
+    assert str(version.description) in card
+    assert version.tags["promotion.state"] == "champion"
 
 
 def test_another_learning_rate_leaves_the_data_as_they_are(runs: Runs) -> None:

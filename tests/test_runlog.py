@@ -1,12 +1,16 @@
 """What of a run's events is recorded, in a real SQLite store."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
+from pipeline import runlog
 from pipeline.config import quickstart
 from pipeline.runlog import RunLog
+from pipeline.workflow import Stopped
 
 
 def test_epochs_are_recorded_and_steps_are_not(tmp_path: Path) -> None:
@@ -20,3 +24,29 @@ def test_epochs_are_recorded_and_steps_are_not(tmp_path: Path) -> None:
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["quickstart", "train"]
     assert runs["train"].data.metrics.items() >= {"loss": 2.0, "mfu": 0.25}.items()
+
+
+def test_what_a_dead_server_would_get_waits_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "FLUSH_SECONDS_OF_A_STOP", runlog.QUIET_SECONDS)
+    config = replace(quickstart(), storage=str(tmp_path))
+    config = replace(config, tracking=replace(config.tracking, uri="http://127.0.0.1:9"))
+    log = RunLog(config, "identity", "quickstart")
+    log.started("train")
+    history = [{"epoch": 1, "loss": 2.0, "seconds": 36.0, "num_workers": 2, "images_per_second": 100.0}]
+    log.event({"task": "train", "metrics": history[0]})
+    output = {"history": history, "images_per_second": 100.0}
+    log.done("train", {"key": "k", "seconds": 40.0, "output": output})
+    log.started("evaluate")
+    with pytest.raises(Stopped), log:
+        raise Stopped(15)
+    assert log.run_id is None
+    assert log.unsent is not None
+    assert "lie in" in str(log.unsent)
+    entries = [json.loads(file.read_text()) for file in sorted((tmp_path / "tracking" / "identity").glob("*.json"))]
+    assert len(entries) == log.unsent.waiting
+    assert [entry["run"] for entry in entries if entry["status"]] == ["train", "evaluate", ""]
+    assert [entry["status"] for entry in entries if entry["status"]] == ["FINISHED", "KILLED", "KILLED"]
+    (cost,) = (entry["metrics"]["core_hours"] for entry in entries if "core_hours" in entry["metrics"])
+    assert cost == pytest.approx(0.02)
+    timestamps = [row["timestamp"] for entry in entries for row in entry["history"] if "timestamp" in row]
+    assert timestamps, "the time of an epoch is when it ended, not when the server was back"

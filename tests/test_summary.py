@@ -63,7 +63,7 @@ def test_a_dry_run_knows_what_would_be_run(tmp_path: Path) -> None:
         storage.write_json(f"tasks/{task}/{keys[task]}/manifest.json", {"output": {}})
     expected = dict.fromkeys(("ingest", "preprocess", "search"), "done") | {"train": "to do"}
     text, _ = plan(tmp_path, "--until", "train")
-    assert states(text) == expected | {"evaluate": "left out", "register": "left out"}
+    assert states(text) == expected | dict.fromkeys(("evaluate", "register", "report"), "left out")
     text, _ = plan(tmp_path, "--until", "train", "--force", "preprocess")
     assert states(text)["ingest"] == "done"
     assert states(text)["preprocess"] == states(text)["search"] == "to do"
@@ -82,6 +82,7 @@ def manifests() -> dict[str, Manifest]:
         "train": {"images_per_second": 100.0, "epochs": 3, "best_epoch": 2, "num_workers": 2, "history": []},
         "evaluate": {"top1": 0.5, "top5": 0.75, "loss": 1.5, "num_examples": 360, "per_class": []},
         "register": {"name": "m", "version": 3, "alias": "champion", "uri": "models:/m/3", "run_id": "r"},
+        "report": {"report": {"path": "tasks/report/k/attempt/report.html", "sha256": "s" * 64}},
     }
     return {name: {"seconds": 1.5, "key": name * 3, "output": output} for name, output in outputs.items()}
 
@@ -95,9 +96,11 @@ def test_the_keys_of_the_summary(manifests: dict[str, Manifest]) -> None:
     assert summary["tasks"]["train"]["state"] == "done"
     assert summary["test"] == {"top1": 0.5, "top5": 0.75, "loss": 1.5, "num_examples": 360}
     assert summary["model"] == {"name": "m", "version": 3, "alias": "champion", "uri": "models:/m/3"}
-    assert summary["mlflow"] == {"tracking_uri": "sqlite:////runs/mlflow.db", "experiment": "perceiver", "run_id": "r"}
+    runs = {"tracking_uri": "sqlite:////runs/mlflow.db", "experiment": "perceiver", "run_id": "r", "unsent": None}
+    assert summary["mlflow"] == runs
     assert summary["search"] == {"num_trials": 2, "best": {"num_latents": 8, "learning_rate": 0.001}}
     assert summary["dataset"] == {"digest": "d" * 64}
+    assert summary["report"] == "/runs/tasks/report/k/attempt/report.html"
     assert summary["train"].keys() >= {"images_per_second", "epochs", "num_workers", "parameters"}
     # Of the model that the search chose, not of the preset.
     other = parse(["quickstart", "--model.num-latents", "8"])[1].config.model

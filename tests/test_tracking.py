@@ -1,30 +1,21 @@
-"""Against real SQLite stores, and in one test a real server; other processes are real too."""
+"""Runs in real SQLite stores; other processes are real too."""
 
 import json
 import math
 import os
-import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import keras
-import numpy as np
 import pytest
 
-from perceiver.config import PerceiverConfig
-from perceiver.model import Perceiver
-from pipeline.tracking import BackgroundTracker, Tracker, environment_tags, register
+from pipeline.tracking import Tracker, TrackingUnavailable, patiently
 
 PROJECT = Path(__file__).parents[1]
 SHA256 = "0123456789abcdef" * 4
-LABELS = ["circle", "square", "triangle"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,24 +38,6 @@ def open_tracker(folder: Path) -> Tracker:
 @pytest.fixture(scope="module")
 def tracker(tmp_path_factory: pytest.TempPathFactory) -> Tracker:
     return open_tracker(tmp_path_factory.mktemp("store"))
-
-
-@pytest.fixture(scope="module")
-def images() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    keras.utils.set_random_seed(0)
-    config = PerceiverConfig(
-        image_shape=(8, 8, 1), num_classes=3, num_latents=4, latent_dim=16, conv_channels=8, data_dim=16
-    )
-    model = Perceiver(**asdict(config))
-    model(np.zeros((1, 8, 8, 1), np.uint8))
-    path = tmp_path_factory.mktemp("model") / "best.keras"
-    model.save(path)
-    return os.fspath(path)
 
 
 def run_python(code: str, *arguments: object, cwd: Path, isolated: bool = False) -> subprocess.Popen:
@@ -188,191 +161,30 @@ def test_two_processes_at_once_make_one_run(tmp_path: Path) -> None:
     assert sorted(run.info.run_id for run in tracker.client.search_runs([tracker.experiment_id])) == sorted(first)
 
 
-def register_shapes(tracker: Tracker, identity: str, model_path: str, images: np.ndarray) -> dict[str, str]:
-    return register(
-        tracker,
-        model_path=model_path,
-        name="shapes",
-        identity=identity,
-        run_id=tracker.find_or_create_run("register", identity),
-        input_example=images[:2],
-        label_names=LABELS,
-        tags={"dataset.sha256": SHA256},
-        metadata={"source": "drawn"},
-    )
+def test_a_dead_server_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's own answer takes four minutes."""
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    start = time.monotonic()
+    with pytest.raises(Exception, match="Max retries exceeded"):
+        Tracker("http://127.0.0.1:9", "shapes")
+    assert time.monotonic() - start < 5
 
 
-def test_a_killed_registration_goes_on_to_one_version(tmp_path: Path, model_path: str, images: np.ndarray) -> None:
-    code = """
-        import os, signal, sys
-        import numpy as np
-        from pathlib import Path
-        from tests.test_tracking import open_tracker, register_shapes
-        folder, model_path, step = sys.argv[1:]
-        tracker = open_tracker(Path(folder))
-        work = getattr(tracker.client, step)
-        def work_and_die(*args, **kwargs):
-            work(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-        setattr(tracker.client, step, work_and_die)
-        register_shapes(tracker, "once", model_path, np.load(f"{folder}/images.npy"))
-    """
-    np.save(tmp_path / "images.npy", images)
-    for step in ("log_model_artifacts", "create_model_version"):
-        process = run_python(code, tmp_path, model_path, step, cwd=PROJECT)
-        process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL
-    tracker = open_tracker(tmp_path)
-    assert "champion" not in tracker.client.get_registered_model("shapes").aliases
-    registered = register_shapes(tracker, "once", model_path, images)
-    assert registered["uri"] == "models:/shapes/1"
-    assert [int(version.version) for version in tracker.client.search_model_versions("name = 'shapes'")] == [1]
-    assert int(tracker.client.get_model_version_by_alias("shapes", "champion").version) == 1
-    (model,) = tracker.client.search_logged_models([tracker.experiment_id])
-    assert (model.model_id, str(model.status)) == (registered["model_id"], "READY")
-    run = tracker.client.get_run(tracker.find_or_create_run("register", "once"))
-    assert run.outputs
-    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
+def test_who_can_wait_waits_for_the_store_and_no_longer_than_that(tracker: Tracker) -> None:
+    calls = []
 
+    def call() -> str:
+        calls.append(time.monotonic())
+        if len(calls) < 2:
+            raise ConnectionError("refused")
+        return tracker.run("patience")
 
-LOAD_ELSEWHERE = """
-    import sys
-    class Refuse:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] in ("perceiver", "pipeline", "tune"):
-                raise ImportError(f"{name} is not installed here")
-    sys.meta_path.insert(0, Refuse())
-    import mlflow, numpy as np
-    uri, images, output = sys.argv[1:]
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    model = mlflow.pyfunc.load_model("models:/shapes@champion")
-    assert model.metadata.metadata == {"source": "drawn", "label_names": ["circle", "square", "triangle"]}
-    np.save(output, model.predict(np.load(images)))
-"""
-
-
-def check_loads_elsewhere(
-    uri: str, tmp_path: Path, model_path: str, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fresh process without the project and without pickle predicts the same."""
-    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    np.save(elsewhere / "images.npy", images)
-    process = run_python(LOAD_ELSEWHERE, uri, "images.npy", "output.npy", cwd=elsewhere, isolated=True)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
-    probabilities = np.load(elsewhere / "output.npy")
-    assert probabilities.shape == (len(images), len(LABELS))
-    assert probabilities.dtype == np.float32
-    logits = keras.saving.load_model(model_path).predict(images, verbose=0)
-    expected = keras.ops.convert_to_numpy(keras.ops.softmax(logits))
-    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
-    assert np.ptp(probabilities) > 0.01
-
-
-def test_registered_model_loads_where_the_project_is_not(
-    tracker: Tracker, tmp_path: Path, model_path: str, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = register_shapes(tracker, "first", model_path, images)
-    second = register_shapes(tracker, "second", model_path, images)
-    assert register_shapes(tracker, "first", model_path, images) == first
-    assert (first["version"], second["version"]) == ("1", "2")
-    champion = tracker.client.get_model_version_by_alias("shapes", "champion")
-    assert int(champion.version) == 2
-    assert json.loads(champion.tags["label_names"]) == LABELS
-    assert champion.tags["dataset.sha256"] == SHA256
-    check_loads_elsewhere(tracker.client.tracking_uri, tmp_path, model_path, images, monkeypatch)
-
-
-def test_background_calls_keep_their_order_and_report_failures_once(tracker: Tracker) -> None:
-    run_id = tracker.find_or_create_run("train", "background")
-    background = BackgroundTracker()
-    for value in range(20):
-        background.submit(tracker.set_tags, run_id, {"last": value})
-        background.submit(tracker.set_tags, "no such run", {"last": value})
-    with pytest.warns(UserWarning, match="20 tracking calls failed, the first with: .*no such run"):
-        background.close()
-    assert tracker.client.get_run(run_id).data.tags["last"] == "19"
-
-
-def test_environment_tags_tell_versions_and_keep_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--tracking.uri", "https://me:secret@host/path", "a b"])
-    tags = environment_tags()
-    assert tags["command"] == "run.py --tracking.uri https://***@host/path 'a b'"
-    assert tags["version.keras"] == keras.__version__
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True, check=False)
-    if (PROJECT / ".git").exists() and commit.returncode == 0:
-        assert tags["mlflow.source.git.commit"] == commit.stdout.strip()
-        assert tags["mlflow.source.git.dirty"] in ("true", "false")
-    else:
-        assert "mlflow.source.git.commit" not in tags
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """URI and process of a tracking server that keeps its own artifacts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        f"{tmp_path}/files",
-    ]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    with open(tmp_path / "server.log", "w") as log:
-        # A session of its own: the server starts workers, which end with their process group.
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 120  # imports of a busy machine; 5 s of an idle one
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.1)
-        yield uri, process
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_a_server_takes_the_same_calls(
-    server: tuple[str, subprocess.Popen],
-    tmp_path: Path,
-    model_path: str,
-    images: np.ndarray,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    uri, process = server
-    tracker = Tracker(uri, "shapes")
-    run_id = tracker.find_or_create_run("pipeline", "remote")
-    assert Tracker(uri, "shapes").find_or_create_run("pipeline", "remote") == run_id
-    for _ in range(2):
-        tracker.log_history(run_id, [{"epoch": 1, "loss": math.nan}, {"epoch": 2, "loss": 1.0}])
-    assert [metric.step for metric in tracker.client.get_metric_history(run_id, "loss")] == [1, 2]
-    registered = register_shapes(tracker, "remote", model_path, images)
-    assert register_shapes(tracker, "remote", model_path, images) == registered
-    check_loads_elsewhere(uri, tmp_path, model_path, images, monkeypatch)
-
-    stop(process)
-    background = BackgroundTracker()
-    started = time.monotonic()
-    background.submit(tracker.set_tags, run_id, {"late": "yes"})
-    assert time.monotonic() - started < 0.1
-    with pytest.warns(UserWarning, match="1 tracking calls failed"):
-        background.close()
+    with pytest.raises(
+        TrackingUnavailable, match=r"sqlite:.* has not answered for 1 s.*patience has not been recorded"
+    ):
+        patiently(call, tracker.client.tracking_uri, 1)
+    run_id = tracker.find_or_create_run("train", "patience")
+    assert patiently(call, tracker.client.tracking_uri, 0) == run_id
+    with pytest.raises(Exception, match="NONSENSE"):  # declined, so not asked again
+        patiently(lambda: tracker.finish(run_id, "NONSENSE"), "uri", 600)

@@ -126,9 +126,9 @@ def test_a_key_depends_on_name_version_section_and_inputs(shop: Workshop) -> Non
         (changed("search", cpus_per_trial=0.5), set()),
         (changed("tracking", uri="sqlite:////elsewhere.db", experiment="e", model_name="m", alias="a"), set()),
         (replace(CONFIG, storage="/elsewhere"), set()),
-        (changed("train", learning_rate=1e-3), {"search", "train", "evaluate", "register"}),
-        (changed("search", epochs=2), {"search", "train", "evaluate", "register"}),
-        (changed("data", num_shards=17), {"preprocess", "search", "train", "evaluate", "register"}),
+        (changed("train", learning_rate=1e-3), {"search", "train", "evaluate", "register", "report"}),
+        (changed("search", epochs=2), {"search", "train", "evaluate", "register", "report"}),
+        (changed("data", num_shards=17), {"preprocess", "search", "train", "evaluate", "register", "report"}),
         (changed("data", seed=1), {task.name for task in TASKS}),
     ],
 )

@@ -1,0 +1,108 @@
+"""A registered model is evaluated by its URI: with the figures that its weights give, on rows that are told apart."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from perceiver import presets
+from perceiver.model import Perceiver
+from pipeline.calibration import reliability
+from pipeline.config import DatasetConfig
+from pipeline.datasets import load
+from pipeline.evaluate_version import Options, evaluate_version
+from pipeline.export import export
+from pipeline.metrics import scores, softmax
+from pipeline.preprocess import rows_digest
+from pipeline.promotion import PromotionConfig
+from pipeline.registered_model import fetch_file
+from pipeline.registry import RETRAIN_FILE, Evidence, register
+from pipeline.tracking import Tracker
+
+ROOT = Path(__file__).parents[1]
+DIGITS = DatasetConfig(source="digits")
+TEMPERATURE = 1.7
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    keras.utils.set_random_seed(0)
+    model = Perceiver(**asdict(presets.quickstart()))
+    model(np.zeros((1, 8, 8, 1), np.uint8))
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    model.save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
+    """URI of a registry with the version `models:/digits/1`."""
+    folder, test = tmp_path_factory.mktemp("store"), load(DIGITS).test
+    row_ids = np.arange(len(test.labels))
+    tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "digits", f"{folder}/mlartifacts")
+    register(
+        tracker,
+        name="digits",
+        identity="digits",
+        run_id=tracker.find_or_create_run("register", "digits"),
+        export=partial(
+            export,
+            model_path,
+            temperature=TEMPERATURE,
+            input_example=test.images[:2],
+            label_names=[str(digit) for digit in range(10)],
+            metadata={},
+            card="# Digits\n",
+        ),
+        evidence=Evidence(rows_digest(row_ids, test), row_ids, np.ones(len(row_ids), bool), 0.02, 5.0),
+        label_names=[str(digit) for digit in range(10)],
+        promotion=PromotionConfig(),
+    )
+    return tracker.uri
+
+
+def test_figures_are_those_of_the_model(registry: str, model_path: str) -> None:
+    test = load(DIGITS).test
+    logits = np.asarray(keras.saving.load_model(model_path).predict(test.images, verbose=0)) / TEMPERATURE
+    found = evaluate_version(Options("models:/digits@champion", registry, data=DIGITS))
+    assert (found["model"], found["split"]) == ("models:/digits/1", "test")
+    for name, value in scores(logits, test.labels).items():
+        assert found[name] == pytest.approx(value, abs=1e-5)
+    assert found["ece"] == pytest.approx(reliability(softmax(logits), test.labels, 15)["ece"], abs=1e-4)
+    assert found["is_registered_test_split"] is True
+
+
+def test_other_rows_are_told_apart(registry: str) -> None:
+    train = evaluate_version(Options("models:/digits/1", registry, "train", DIGITS))
+    validation = evaluate_version(Options("models:/digits/1", registry, "validation", DIGITS))
+    other = evaluate_version(Options("models:/digits/1", registry, data=DatasetConfig(source="digits", seed=1)))
+    assert [found["num_examples"] for found in (train, validation, other)] == [1295, 142, 360]
+    assert not any(found["is_registered_test_split"] for found in (train, validation, other))
+    assert len({found["sha256"] for found in (train, validation, other)}) == 3
+
+
+def test_the_command_prints_json_or_says_what_is_wrong(registry: str) -> None:
+    command = [sys.executable, "-m", "pipeline.evaluate_version", "models:/digits/1", "--tracking-uri", registry]
+    result = subprocess.run(
+        [*command, "--data.source", "digits"], cwd=ROOT, env=os.environ, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["num_examples"] == 360
+    with pytest.raises(ValueError, match=r"takes images \(8, 8, 1\), but data.source = cifar100"):
+        evaluate_version(Options("models:/digits/1", registry))
+    with pytest.raises(ValueError, match="models:/digits/2' is not in sqlite"):
+        evaluate_version(Options("models:/digits/2", registry, data=DIGITS))
+
+
+def test_the_file_to_train_on_is_found_by_uri(registry: str, model_path: str, tmp_path: Path) -> None:
+    found = fetch_file("models:/digits/1", registry, RETRAIN_FILE, tmp_path)
+    assert found.read_bytes() == Path(model_path).read_bytes()
+    with pytest.raises(ValueError, match="has no file nothing"):
+        fetch_file("models:/digits/1", registry, "nothing.keras", tmp_path)
