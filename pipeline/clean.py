@@ -4,8 +4,9 @@
     python -m pipeline.clean runs --remove       removes it
 
 A registered version needs the tasks that it was made by, and its report; of a finished task, not the state from which
-an attempt that was cut off would go on. What was written within the last hours stays too: a run may be at it. MLflow's
-own files are not touched. Exit codes: 0 done, 2 something given cannot be used.
+an attempt that was cut off would go on, but the trials of a search, which later ones count. What was written within the
+last hours stays too: a run may be at it. MLflow's own files are not touched. Exit codes: 0 done, 2 something given
+cannot be used.
 """
 
 import sys
@@ -83,7 +84,7 @@ def entries(storage: Storage, tracking_uri: str | None = None) -> list[Entry]:
     for home in homes:
         own = {path: info for path, info in files.items() if path.startswith(f"{home}/")}
         task, finished = home.split("/")[1], home in manifests
-        kept_attempt = f"{home}/{manifests[home]['attempt']}/" if finished else ""
+        kept_folders = (f"{home}/{manifests[home]['attempt']}/", f"{home}/state/trials/") if finished else ()
 
         def entry(path: str, what: str, infos: Iterable[Any], needed: bool, manifest: bool, task: str = task) -> None:
             infos = list(infos)
@@ -94,7 +95,7 @@ def entries(storage: Storage, tracking_uri: str | None = None) -> list[Entry]:
         if not (finished and home in needed):
             entry(home, "output" if finished else "unfinished", own.values(), False, finished)
             continue
-        rests = {"/".join(path.split("/")[:4]) for path in own if not path.startswith(kept_attempt)}
+        rests = {"/".join(path.split("/")[:4]) for path in own if not path.startswith(kept_folders)}
         rests -= {f"{home}/{MANIFEST}"}
         rest_of = {rest: [info for path, info in own.items() if path.startswith(f"{rest}/")] for rest in sorted(rests)}
         kept = [info for path, info in own.items() if not any(path.startswith(f"{rest}/") for rest in rests)]

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from pipeline.config import PipelineConfig
+from tune.resources import concurrent_trials
 
 ANSWER_SECONDS = 2.0
 
@@ -69,13 +70,18 @@ def check_resources(config: PipelineConfig, available: Mapping[str, float | None
             f"{workers * train.cpus_per_worker:g} CPUs, but {where} has {cpus:g}: take fewer workers, or "
             f"less of a CPU for each (--train.cpus-per-worker {math.floor(1000 * cpus / workers) / 1000:g})"
         )
-    if config.search.num_trials and cpus is not None and config.search.cpus_per_trial > cpus:
-        raise ValueError(
-            f"search.cpus_per_trial = {config.search.cpus_per_trial:g}, but {where} has {cpus:g} CPUs: lower it"
-        )
     gpus = available.get("GPU", 0)
     if train.use_gpu and gpus is not None and workers > gpus:
         raise ValueError(
             f"train.use_gpu = True with train.num_workers = {workers} takes as many GPUs, but {where} has "
             f"{gpus:g}: take fewer workers, or --train.no-use-gpu"
+        )
+    if config.search.num_trials and cpus is not None:
+        concurrent_trials(
+            cpus,
+            math.inf if gpus is None else gpus,
+            workers=config.search.workers_per_trial,
+            cpus_per_worker=config.search.cpus_per_trial,
+            gpus_per_worker=float(train.use_gpu),
+            where=where,
         )

@@ -16,7 +16,8 @@ from perceiver import presets as model_presets
 from perceiver.config import PerceiverConfig
 from pipeline.datasets import SOURCES, check_archive
 from pipeline.promotion import PromotionConfig
-from tune.config import SearchConfig
+from tune.config import RANGES, SearchConfig
+from tune.space import DIMENSIONS, Space
 
 TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register", "report"]
 # How a run is carried out, not what comes out of it: such fields are no part of a task's key.
@@ -287,23 +288,32 @@ class PipelineConfig:
                 f"storage = {self.storage!r} is no local folder, so the runs need a server: give --tracking.uri"
             )
 
-    def trial_models(self) -> list[ModelConfig]:
-        """Every model that the search may sample.
+    def search_space(self) -> Space | None:
+        """What the search may try; None if it is off.
 
         Raises:
-            ValueError: if one of them cannot be built.
+            ValueError: if there is nothing that can be trained.
         """
         if not self.search.num_trials:
-            return []
-        try:
-            return [
-                replace(self.model, num_latents=latents, num_self_attention_heads=heads, num_iterations=iterations)
-                for latents in self.search.num_latents
-                for heads in self.search.num_self_attention_heads
-                for iterations in self.search.num_iterations
-            ]
-        except ValueError as error:
-            raise ValueError(f"the search space holds a model that cannot be built: {error}") from error
+            return None
+        if 0 < self.search.train_rows < self.train.global_batch_size:
+            raise ValueError(
+                f"search.train_rows = {self.search.train_rows} is less than train.global_batch_size = "
+                f"{self.train.global_batch_size}: raise it"
+            )
+        replace(self.trial_training(), **{n: max(values) for n in RANGES if (values := getattr(self.search, n))})
+        return Space.of(self.search, self.model)
+
+    def trial_training(self) -> TrainingConfig:
+        """How a trial is trained, before a sample changes it."""
+        return replace(
+            self.train,
+            epochs=self.search.epochs,
+            num_workers=self.search.workers_per_trial,
+            cpus_per_worker=self.search.cpus_per_trial,
+            checkpoint_every_steps=0,  # one at the end of each epoch, where Tune decides, and none within
+            checkpoints_kept=1,
+        )
 
     @property
     def tracking_uri(self) -> str:
@@ -340,7 +350,15 @@ def quickstart() -> PipelineConfig:
     return _preset(
         "digits",
         model_presets.quickstart(),
-        search=SearchConfig(num_trials=4, epochs=6, num_latents=(8, 16), num_iterations=(1, 2)),
+        search=SearchConfig(
+            num_trials=4,
+            epochs=6,
+            num_latents=(8, 16),
+            latent_dim=(32, 64),
+            num_iterations=(1, 2),
+            num_self_attention_blocks=(1, 2),
+            weight_decay=(1e-3, 0.1),
+        ),
         train=TrainingConfig(
             epochs=30,
             global_batch_size=64,
@@ -374,7 +392,8 @@ def keras_example() -> PipelineConfig:
     return _preset(
         "cifar100",
         model_presets.keras_example(),
-        search=SearchConfig(num_trials=0),
+        # Adam has no weight decay, and without an output projection the latents have the width of the values.
+        search=SearchConfig(num_trials=0, latent_dim=(), weight_decay=()),
         train=TrainingConfig(
             epochs=50,
             global_batch_size=64,
@@ -418,7 +437,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
         config=(tyro.conf.SuppressFixed,),
     )
     config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
-    config.trial_models()
+    config.search_space()
     check_archive(config.data)
     if options.summary_json and not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.summary_json))):
         raise ValueError(f"summary-json = {options.summary_json!r}: there is no folder {folder}: make it")
@@ -484,20 +503,18 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
 def _fix_given(config: PipelineConfig, given: dict[str, str]) -> SearchConfig:
     """Narrows each searched dimension whose field was given on the command line to that one value."""
     search = config.search
-    for name, value in (
-        ("model.num_latents", (config.model.num_latents,)),
-        ("model.num_self_attention_heads", (config.model.num_self_attention_heads,)),
-        ("model.num_iterations", (config.model.num_iterations,)),
-        ("train.learning_rate", (config.train.learning_rate,) * 2),
-    ):
-        dimension = name.split(".")[1]
+    for dimension in DIMENSIONS:
+        name = f"{dimension.section}.{dimension.name}"
         if name not in given:
             continue
-        if f"search.{dimension}" in given:
+        if f"search.{dimension.name}" in given:
             raise ValueError(
-                f"{given[name]} fixes what {given[f'search.{dimension}']} would search: give one of the two"
+                f"{given[name]} fixes what {given[f'search.{dimension.name}']} would search: give one of the two"
             )
-        search = replace(search, **{dimension: value})  # type: ignore[arg-type]
+        value = getattr(getattr(config, dimension.section), dimension.name)
+        if getattr(search, dimension.name):  # else it is not searched anyway
+            # A weight decay of 0 has no place on a log scale.
+            search = replace(search, **{dimension.name: (value,) if value else ()})  # type: ignore[arg-type]
     return search
 
 

@@ -56,6 +56,7 @@ class Worker:
         initial_model: `.keras` file with the weights to begin with, where there is no checkpoint to go on from.
         on_stop: is given a function that it shall call, from any thread, to end the training with a checkpoint.
         on_step: is told at rank 0, at most once a second, how an epoch gets on (see `StepReporter`); must not block.
+        keep_model: whether the last checkpoint holds the model too; nobody asks for that of a trial.
     """
 
     report: Callable[[dict[str, Any], Path | None], None]
@@ -65,6 +66,7 @@ class Worker:
     initial_model: Path | None = None
     on_stop: Callable[[Callable[[], None]], None] = lambda request: None
     on_step: Callable[[dict[str, float]], None] = lambda step: None
+    keep_model: bool = True
 
 
 def fit(
@@ -156,10 +158,11 @@ def fit(
         return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder), model, progress)
-        final = Perceiver(**asdict(model_config))
-        final.build((None, *model_config.image_shape))
-        final.set_weights(progress.best_weights)
-        final.save(Path(folder) / MODEL_FILE)
+        if worker.keep_model:
+            final = Perceiver(**asdict(model_config))
+            final.build((None, *model_config.image_shape))
+            final.set_weights(progress.best_weights)
+            final.save(Path(folder) / MODEL_FILE)
         worker.report(progress.history[-1], Path(folder))
 
 
@@ -287,7 +290,7 @@ def _training(train: ImageArrays, config: TrainingConfig, worker: Worker, progre
         ),
     )
     # The generator has no end. TensorFlow does not know, and would ask all workers in every step for another batch.
-    return batches.repeat().prefetch(PREFETCHED_BATCHES)
+    return batches.repeat().prefetch(PREFETCHED_BATCHES).with_options(_untuned())
 
 
 def _validation(validation: ImageArrays, config: TrainingConfig, worker: Worker) -> tf.data.Dataset:
@@ -305,4 +308,12 @@ def _validation(validation: ImageArrays, config: TrainingConfig, worker: Worker)
         .repeat()
         .map(lambda rows: (images[rows[0] : rows[1]], labels[rows[0] : rows[1]]))
         .prefetch(PREFETCHED_BATCHES)
+        .with_options(_untuned())
     )
+
+
+def _untuned() -> tf.data.Options:
+    """Without tf.data's autotuner: nothing is to be tuned, and the end of an iterator waits seconds for its thread."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return options

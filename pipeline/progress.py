@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from pipeline.config import PipelineConfig
+from pipeline.trial_table import TrialTable, duration
 
 # In a log, lines are not folded at the width of a terminal that is not there.
 PLAIN_WIDTH = 200
@@ -28,7 +28,7 @@ class Progress:
         self.console = console or make_console()
         self._status = self.console.status("starting")
         self._start = time.monotonic()
-        self._trials: dict[str, int] = {}
+        self._trials = TrialTable(config.search.num_trials, config.search.epochs)
         self._steps: _Steps | None = None
         self._last_plain = self._start
 
@@ -54,23 +54,30 @@ class Progress:
         self.say(f"[green]{name:10}[/green] done in {manifest['seconds']:.1f} s")
 
     def event(self, event: dict[str, Any]) -> None:
-        """The metrics of an epoch, or how the epoch gets on."""
+        """The metrics of an epoch, how the epoch gets on, or what became of a trial."""
+        if event["task"] == "search":
+            self._show_trial(event)
+            return
         if "step" in event:
             self._show_step(event["task"], event["step"])
             return
         metrics = event["metrics"]
-        epoch = f"epoch {metrics['epoch']}"
-        if event["task"] == "search":
-            number = self._trials.setdefault(event["trial"], len(self._trials) + 1)
-            values = escape(" ".join(f"{name}={_short(value)}" for name, value in event["values"].items()))
-            epoch = f"trial {number}/{self.config.search.num_trials} ({values}) {epoch}/{self.config.search.epochs}"
-        else:
-            epoch += f"/{self.config.train.epochs}"
         self._last_plain = time.monotonic()
         self.say(
-            f"{event['task']:10} {epoch}: loss {metrics['loss']:.4f}, val_loss {metrics['val_loss']:.4f}, "
-            f"val_accuracy {metrics['val_accuracy']:.4f}, {metrics['images_per_second']:.0f} images/s"
+            f"{event['task']:10} epoch {metrics['epoch']}/{self.config.train.epochs}: loss {metrics['loss']:.4f}, "
+            f"val_loss {metrics['val_loss']:.4f}, val_accuracy {metrics['val_accuracy']:.4f}, "
+            f"{metrics['images_per_second']:.0f} images/s"
         )
+
+    def _show_trial(self, event: Mapping[str, Any]) -> None:
+        """The table of all trials on a terminal, and a line for the log."""
+        line = self._trials.take(event)
+        if self.console.is_terminal:
+            self._status.update(self._trials.table())
+            if event["status"] in ("running", "stopped early") and event["error"] is None:
+                return  # the table has it
+        if line:
+            self.say(f"{event['task']:10} {line}")
 
     def _show_step(self, task: str, step: Mapping[str, Any]) -> None:
         """The live line; where there is none, now and then a plain line."""
@@ -102,7 +109,7 @@ class _Steps:
         start, before = self._first
         left = "?"
         if done > before:
-            left = _duration((now - start) / (done - before) * (self.num_epochs * step["steps"] - done))
+            left = duration((now - start) / (done - before) * (self.num_epochs * step["steps"] - done))
         parts = [
             f"epoch {step['epoch']}/{self.num_epochs}",
             f"step {step['step']}/{step['steps']}",
@@ -118,14 +125,3 @@ def make_console() -> Console:
     """A console for standard output."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
-
-
-def _duration(seconds: float) -> str:
-    """`h:mm:ss`, or `m:ss` below an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.2e}" if isinstance(value, float) else str(value)

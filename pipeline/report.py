@@ -151,11 +151,11 @@ def _search(record: RunRecord) -> str:
     if not trials:
         return ""
     names = [name for name in trials[0]["values"] if _is_searched(name, trials)]
-    costs = {"GFLOPs an image": "gflops"} if all("gflops" in trial for trial in trials) else {}
+    costs = {"GFLOPs an image": "gflops"}
     marked = _trial_name(search["best_trial"])
 
     def chart(title: str, values: Sequence[float]) -> str:
-        points = {_name(trial): (x, trial["best_value"]) for trial, x in zip(trials, values, strict=True)}
+        points = {_trial_name(trial["name"]): (x, trial["best_value"]) for trial, x in zip(trials, values, strict=True)}
         svg = figures.scatter_chart(
             points,
             x_label=title,
@@ -178,9 +178,9 @@ def _search(record: RunRecord) -> str:
     )
     rows = [
         [
-            _name(trial),
+            _trial_name(trial["name"]),
             *(_value(trial["values"][name]) for name in names),
-            _epochs(trial),
+            len(trial["history"]),
             trial["status"],
             percent(round(trial["best_value"], 4)),
         ]
@@ -198,14 +198,6 @@ def _is_searched(name: str, trials: Sequence[Mapping[str, Any]]) -> bool:
     """Whether it is a number that differs between trials."""
     values = [trial["values"].get(name) for trial in trials]
     return len(set(values)) > 1 and all(isinstance(value, int | float) for value in values)
-
-
-def _epochs(trial: Mapping[str, Any]) -> int:
-    return trial["epochs"] if "epochs" in trial else len(trial["history"])
-
-
-def _name(trial: Mapping[str, Any]) -> str:
-    return _trial_name(trial["name"] if "name" in trial else trial["id"])
 
 
 def _trial_name(name: str) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -118,10 +119,13 @@ class RunLog:
     def _search_done(self, output: Mapping[str, Any]) -> None:
         for trial in output["trials"]:
             status = "FAILED" if trial["status"] == "failed" else "FINISHED"
-            tags = {"trial.status": trial["status"]}
-            self._record(f"search/{trial['id']}", params=_texts(trial["values"]), tags=tags, status=status)
+            tags = {"trial.status": trial["status"]} | ({"trial.error": trial["error"]} if trial["error"] else {})
+            # The history again: a driver that was killed may have lost word of an epoch.
+            what = {"params": _texts(trial["values"]), "history": tuple(trial["history"]), "tags": tags}
+            self._record(f"search/{trial['name']}", **what, status=status)
         best = {f"best.{name}": str(value) for name, value in output["best"].items()}
-        self._record("search", params=best, metrics={"best_val_accuracy": output["best_value"]})
+        figures = {f"figures/{Path(path).name}": path for path in output["figures"]}
+        self._record("search", params=best, metrics={"best_val_accuracy": output["best_value"]}, files=figures)
 
     def _training_done(self, output: Mapping[str, Any]) -> None:
         """All epochs once more, in case that word of one was lost; speed, size, cost; settings after the search."""

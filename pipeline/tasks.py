@@ -4,7 +4,6 @@ Rooms that import TensorFlow, Keras or MLflow are imported inside the tasks: the
 quick, and a run whose tasks are all done ends in a moment.
 """
 
-import functools
 import hashlib
 import tempfile
 from dataclasses import replace
@@ -26,10 +25,9 @@ def trained_configs(
     if data:
         model = replace(model, pixel_mean=tuple(data["pixel_mean"]), pixel_std=tuple(data["pixel_std"]))
     if best := (searched or {}).get("best"):
-        from tune.space import LEARNING_RATE, to_model
+        from tune.space import to_model, training_values
 
-        model = to_model(best, model)
-        train = replace(train, learning_rate=best.get(LEARNING_RATE, train.learning_rate))
+        model, train = to_model(best, model), replace(train, **training_values(best))
     return model, train
 
 
@@ -46,39 +44,13 @@ def preprocess(context: Context) -> dict[str, Any]:
 
 
 def search(context: Context) -> dict[str, Any]:
-    if not context.config.search.num_trials:
+    space = context.config.search_space()
+    if space is None:
         return {"best": None, "trials": []}
-    from pipeline.preprocess import materialize_split, to_arrays
-    from tune.search import search
+    from pipeline.search_task import run_search
 
-    manifest = context.inputs["preprocess"]
-    data = tuple(to_arrays(materialize_split(manifest, split, context.storage)) for split in ("train", "validation"))
-    settings = context.config.search
-    model, train = trained_configs(context.config, manifest)
-    train = replace(train, epochs=settings.epochs, num_workers=1, cpus_per_worker=settings.cpus_per_trial)
-    # A trial has a checkpoint at the end of each epoch, where Tune takes one.
-    train = replace(train, checkpoint_every_steps=0)
-    driver = functools.partial(_run_trial, model=model, train=train, board=context.board)
-    return search(driver, data, settings, storage_path=context.storage.absolute(context.state), name="tune")
-
-
-def _run_trial(sample, data, *, trial, report, resume_from, model, train, board) -> None:  # type: ignore[no-untyped-def]
-    """A `tune.search.TrialDriver` once the last three are bound."""
-    from pipeline.train import train_in_process
-    from tune.space import LEARNING_RATE, to_model
-
-    def report_and_post(metrics: dict[str, Any], folder: Path | None) -> None:
-        if "epoch" in metrics:
-            board.post(task="search", trial=trial, values=sample, metrics=metrics)
-        report(metrics, folder)
-
-    train_in_process(
-        to_model(sample, model),
-        replace(train, learning_rate=sample.get(LEARNING_RATE, train.learning_rate)),
-        *data,
-        report=report_and_post,
-        resume_from=resume_from,
-    )
+    model, _ = trained_configs(context.config, context.inputs["preprocess"])
+    return run_search(context, replace(space, model=model))
 
 
 def train(context: Context) -> dict[str, Any]:
@@ -237,7 +209,13 @@ def _sha256(path: Path) -> str:
 def _trials(config: PipelineConfig) -> str:
     if not config.search.num_trials:
         return "nothing: the search is off"
-    return f"{config.search.num_trials} trials, {config.search.cpus_per_trial:g} CPU each"
+    workers = config.search.workers_per_trial
+    each = (
+        f"{workers} workers with {config.search.cpus_per_trial:g} CPU"
+        if workers > 1
+        else f"{config.search.cpus_per_trial:g} CPU"
+    )
+    return f"{config.search.num_trials} trials, {each} each"
 
 
 def _workers(config: PipelineConfig) -> str:

@@ -4,6 +4,7 @@ Keras fetches the batch inside of the compiled step, so callbacks see no more th
 between is noted by TensorFlow itself, as operations of the step.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,12 @@ MOMENTS = ("data", "reduce", "reduced")
 FLOPS_PER_MAC = 3 * 2  # multiply and add; forward pass, gradients of the activations, gradients of the weights
 
 
+@functools.cache
 def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:
     """FLOP/s of the quickest of many square matmuls, on the threads that TensorFlow has in this process.
 
-    Takes about `seconds`, plus a tenth. Call it after a MultiWorkerMirroredStrategy is made, which has to come before
-    all of TensorFlow's operations.
+    Takes about `seconds`, plus a tenth, once in a process, which trials of a search may share. Call it after a
+    MultiWorkerMirroredStrategy is made, which has to come before all of TensorFlow's operations.
     """
     size = 8192 if tf.config.list_logical_devices("GPU") else 1024
     matrix = tf.cast(tf.random.stateless_uniform((size, size), seed=(0, 0)), dtype)

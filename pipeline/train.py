@@ -257,6 +257,7 @@ def train_in_process(
     on_step: Callable[[dict[str, float]], None] = lambda step: None,
     rank: int = 0,
     num_workers: int = 1,
+    keep_model: bool = True,
 ) -> None:
     """Trains as one worker in this process, on `config.cpus_per_worker` CPUs; see `pipeline.fit.fit` and its `Worker`.
 
@@ -286,6 +287,7 @@ def train_in_process(
         initial_model=initial_model,
         on_stop=on_stop,
         on_step=on_step,
+        keep_model=keep_model,
     )
     try:
         fit(model, config, train, validation, worker)

@@ -97,6 +97,18 @@ def test_what_no_version_needs_goes(storage: Storage) -> None:
     assert run_clean(storage)[0] == 0
 
 
+def test_the_trials_of_a_finished_search_stay(storage: Storage) -> None:
+    home = "tasks/search/a"
+    storage.write_bytes(f"{home}/state/trials/trial-0001.json", b"{}")
+    storage.write_bytes(f"{home}/attempt-0/file", bytes(10))
+    storage.write_json(f"{home}/manifest.json", {"task": "search", "attempt": "attempt-1", "inputs": {}, "output": {}})
+    train = storage.read_json("tasks/train/a/manifest.json")
+    storage.write_json("tasks/train/a/manifest.json", train | {"inputs": train["inputs"] | {"search": "a"}})
+    run_clean(storage, remove=True, keep_hours=0.0)
+    left = {path for path in files(storage) if path.startswith(home)}
+    assert left == {f"{home}/manifest.json", f"{home}/state/trials/trial-0001.json"}
+
+
 def test_what_is_recent_stays(storage: Storage) -> None:
     now = time.time()
     os.utime(Path(storage.uri) / "tasks/train/c/state/checkpoints/1/arrays", (now, now))

@@ -27,6 +27,7 @@ from pipeline.config import (
 )
 from pipeline.datasets import SOURCES
 from tune.config import SearchConfig
+from tune.space import DIMENSIONS
 
 ROOT = Path(__file__).parents[1]
 BORDER = re.compile(r"(?:[│╭╮╰╯─|+\s]|-{3,})+")  # of Unicode or of ASCII
@@ -85,7 +86,7 @@ def test_every_preset_takes_every_source(preset: str, source: str) -> None:
 def test_spellings_of_an_override(spelling: list[str]) -> None:
     config = config_of("quickstart", *spelling)
     assert config.train.learning_rate == 0.5
-    assert config.search.learning_rate == (0.5, 0.5)
+    assert config.search.learning_rate == (0.5,)
 
 
 def test_overrides_of_all_kinds() -> None:
@@ -131,13 +132,16 @@ def test_a_given_field_is_not_searched(capsys: pytest.CaptureFixture[str]) -> No
     assert (config.search.num_latents, config.search.num_iterations) == ((4,), (3,))
     assert config.search.num_self_attention_heads == default.search.num_self_attention_heads
     assert config.search.learning_rate == default.search.learning_rate
-    assert {model.num_latents for model in config.trial_models()} == {4}
+    space = config.search_space()
+    assert space is not None
+    assert {shape["num_latents"] for shape in space.shapes()} == {4}
+    assert config_of("quickstart", "--search.num-self-attention-blocks").search.num_self_attention_blocks == ()
     message = refusal(capsys, "quickstart", "--model.num-latents", "4", "--search.num_latents", "4", "8")
     assert "--model.num-latents" in message
     assert "--search.num_latents" in message
     assert "give one of the two" in message
-    everything = [f"--model.{name}=4" for name in ("num-latents", "num-self-attention-heads", "num-iterations")]
-    message = refusal(capsys, "quickstart", *everything, "--train.learning-rate=0.1")
+    everything = [f"--{d.section}.{d.name}={4 if d.section == 'model' else 0.1}" for d in DIMENSIONS]
+    message = refusal(capsys, "quickstart", *everything)
     assert "search.num_trials = 4" in message
     assert "--search.num-trials 0" in message
 
@@ -192,12 +196,18 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
         ("--model.num-self-attention-heads 3", "model.num_self_attention_heads = 3", "choose one of 1, 2, 4, 8"),
         ("--model.num-conv-layers 6", "2 ** model.num_conv_layers = 64", "choose fewer layers"),
         (
-            "quickstart --search.num-self-attention-heads 2 3",
-            "model.num_self_attention_heads = 3",
+            "quickstart --search.num-self-attention-heads 3 5",
+            "the search space is empty: model.num_self_attention_heads = 3",
             "choose one of 1, 2",
         ),
+        ("quickstart --search.max-gflops 1e-9", "search.max_gflops = 1e-09 is less than", "search smaller ones"),
+        (
+            "quickstart --search.weight-decay 0 1",
+            "search.weight_decay = 0.0 1.0",
+            "both positive, or one value, or none",
+        ),
         ("--search.num-trials -1", "search.num_trials = -1", "give at least 0"),
-        ("--search.num-latents", "search.num_latents = ()", "one or more positive numbers"),
+        ("--search.num-latents 0 4", "search.num_latents = (0, 4)", "give positive numbers"),
         ("--search.learning-rate 0.1 0.01", "search.learning_rate = 0.1 0.01", "the lowest and the highest"),
         ("--search.learning-rate 0.1 nan", "search.learning_rate = 0.1 nan", "both positive"),
         ("--search.grace-epochs 9", "search.grace_epochs = 9", "lower it"),
@@ -228,7 +238,7 @@ def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
     execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept"}
     sections: list[tuple[Any, set[str]]] = [
         (config.data, {"archive"}),
-        (config.search, {"cpus_per_trial"}),
+        (config.search, {"workers_per_trial", "cpus_per_trial", "max_concurrent_trials", "memory_limit_gib"}),
         (config.train, execution_of_training),
         (config.model, set()),
     ]
@@ -271,7 +281,7 @@ def test_a_model_section_makes_a_perceiver_config() -> None:
         PipelineConfig(model=ModelConfig(image_shape=(8, 8, 1)))
     assert with_source(cifar100(), "cifar10").model.num_classes == 10
     with pytest.raises(ValueError, match="every searched field has one value"):
-        SearchConfig(num_latents=(8,), num_self_attention_heads=(2,), num_iterations=(1, 1), learning_rate=(0.1, 0.1))
+        SearchConfig(**{d.name: (8, 8) for d in DIMENSIONS})  # type: ignore[arg-type]
 
 
 BAD_RUNS: list[tuple[list[str], list[str]]] = [

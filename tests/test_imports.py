@@ -13,7 +13,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("perceiver", "tune", "pipeline")
 HEAVY = ("keras", "mlflow", "ray", "tensorflow")
 MLFLOW_MODULES = ("pipeline.tracking", "pipeline.registry", "pipeline.registered_model", "pipeline.export")
-CONFIG_MODULES = ("perceiver.config", "perceiver.presets", "perceiver.cost", "tune.config", "pipeline.config")
+CONFIG_MODULES = (
+    "perceiver.config",
+    "perceiver.presets",
+    "perceiver.cost",
+    "tune.config",
+    "tune.space",
+    "pipeline.config",
+)
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str, str]]:

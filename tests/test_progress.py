@@ -11,6 +11,7 @@ from rich.console import Console
 from pipeline import progress
 from pipeline.config import quickstart
 from pipeline.progress import Progress
+from pipeline.trial_table import duration
 
 
 def step(epoch: int, number: int) -> dict[str, Any]:
@@ -82,6 +83,49 @@ def test_the_time_left_follows_from_the_steps_that_were_seen(monkeypatch: pytest
     assert steps.line(step(2, 5)["step"]).endswith("0:23 left")
 
 
+def trial(number: int, status: str = "running", accuracy: float | None = None, **more: Any) -> dict[str, Any]:
+    values = {"num_latents": 8 * number, "learning_rate": 1e-3}
+    told = {"trial": f"trial-{number:04d}", "values": values, "gflops": 0.0123, "status": status, "error": None}
+    return {"task": "search", **told, "epoch": 2, "best_value": accuracy, "left": 75.0, **more}
+
+
+TRIALS = [
+    trial(1, epoch=0, left=None),
+    trial(1, accuracy=0.25, metrics={"epoch": 2, "loss": 2.5, "val_loss": 2.25, "val_accuracy": 0.25}),
+    trial(2),
+    trial(1, "stopped early", 0.25),
+    trial(2, "failed", error="NotFinite: the loss [nan]"),
+]
+
+
+def test_a_log_gets_a_line_for_what_happens_to_a_trial() -> None:
+    shown, out = plain()
+    with shown:
+        for event in TRIALS:
+            shown.event(event)
+    assert [re.sub(r"^ +\d+\.\d s  ", "", line).rstrip() for line in out.getvalue().splitlines()] == [
+        "search     trial 1/4 started: num_latents=8 learning_rate=1.00e-03, 0.0123 GFLOPs an image",
+        "search     trial 1/4 epoch 2/6: loss 2.5000, val_loss 2.2500, val_accuracy 0.2500",
+        "search     trial 2/4 started: num_latents=16 learning_rate=1.00e-03, 0.0123 GFLOPs an image",
+        "search     trial 1/4 stopped early after epoch 2/6, best val_accuracy 0.2500; 1:15 left",
+        "search     trial 2/4 failed in epoch 3: NotFinite: the loss [nan]; 1:15 left",
+    ]
+
+
+def test_a_terminal_gets_a_table_of_the_trials() -> None:
+    out = io.StringIO()
+    shown = Progress(quickstart(), Console(force_terminal=True, file=out, width=140, color_system=None))
+    with shown:
+        for event in TRIALS:
+            shown.event(event)
+        time.sleep(0.3)  # it is drawn several times a second
+    text = out.getvalue()
+    assert "search: 2 of 4 trials ended, 1:15 left" in text
+    assert re.search(r"0001 +num_latents=8 learning_rate=1.00e-03 +0.0123 +stopped early +2/6 +0.2500", text)
+    assert "trial 1/4 epoch 2/6" not in text, "the table has it"
+    assert "trial 2/4 failed in epoch 3: NotFinite: the loss [nan]" in text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (4000, "1:06:40")])
 def test_durations(seconds: float, text: str) -> None:
-    assert progress._duration(seconds) == text
+    assert duration(seconds) == text

@@ -100,8 +100,8 @@ def run_record(**changes: object) -> RunRecord:
         for n in range(1, 4)
     ]
     trials = [
-        {"id": f"trial_{n}", "values": {"num_latents": 8 * n, "kind": "x"}, "status": "finished", "epochs": 2}
-        | {"best_value": 0.2 * n}
+        {"name": f"trial-000{n}", "values": {"num_latents": 8 * n, "kind": "x"}, "status": "finished"}
+        | {"history": [{"epoch": 1}, {"epoch": 2}], "gflops": 0.1 * n, "best_value": 0.2 * n}
         for n in (1, 2)
     ]
     splits = {name: {"rows": NUM_ROWS, "digest": f"{name} digest"} for name in ("train", "validation", "test")}
@@ -109,7 +109,7 @@ def run_record(**changes: object) -> RunRecord:
         "title": "Perceiver on <data>",
         "outputs": {
             "preprocess": {"digest": "whole digest", "splits": splits},
-            "search": {"trials": trials, "best_trial": "trial_2", "best_value": 0.4},
+            "search": {"trials": trials, "best_trial": "trial-0002", "best_value": 0.4},
             "train": {"history": history, "best_epoch": 3, "images_per_second": 100.0},
             "register": {
                 "uri": "models:/m/3",

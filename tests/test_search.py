@@ -1,13 +1,12 @@
-"""`tune`: the search space, and searches on a real Ray whose trials take milliseconds instead of minutes."""
+"""`tune.search` on a real Ray, with trials that take milliseconds instead of minutes."""
 
-import contextlib
 import json
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ import pytest
 import ray
 
 from perceiver.config import PerceiverConfig
+from pipeline.storage import Storage
 from tune.config import SearchConfig
-from tune.search import Report, search
-from tune.space import fixed_values, param_space, to_model
+from tune.search import search
+from tune.slot import Report
+from tune.space import Sample, Space
+from tune.trials import Journal
 
 EPOCHS = 4
 # Ray's workers cannot import the modules of tests.
@@ -26,129 +28,164 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 def settings(**changes: Any) -> SearchConfig:
     """A search over the learning rate."""
+    others = ("latent_dim", "num_self_attention_blocks", "weight_decay")
     fixed: dict[str, Any] = {"num_latents": (8,), "num_self_attention_heads": (2,), "num_iterations": (1,)}
+    fixed |= dict.fromkeys(others, ())
     searched: dict[str, Any] = {"epochs": EPOCHS, "reduction_factor": 2, "learning_rate": (1e-4, 1e-1)}
     return SearchConfig(**(fixed | searched | changes))
 
 
-def accuracy(sample: dict[str, Any], epoch: int) -> float:
+def accuracy(sample: Sample, epoch: int) -> float:
     """Grows with the epochs, and is highest at a learning rate of 0.01."""
     return 1 / (1 + abs(math.log10(sample["learning_rate"]) + 2)) - 0.1 / epoch
 
 
-def toy_driver(
-    sample: dict[str, Any], data: dict[str, Any], *, trial: str, report: Report, resume_from: Path | None
-) -> None:
-    """A `TrialDriver`: reports `accuracy`. Each call and each epoch adds a line to a file of the trial."""
-    log = Path(data["folder"]) / f"{trial}.log"
+@dataclass(frozen=True)
+class ToyDriver:
+    """A `TrialDriver` that reports `accuracy`. Each call and each epoch adds a line to a file of the trial.
 
-    def note(line: str) -> None:
-        with log.open("a") as file:
+    Attributes:
+        folder: of these files, and of the checkpoints.
+        raises, diverges, devours, dies: numbers of the trials that do so in their first epoch, from 1.
+    """
+
+    folder: Path
+    raises: tuple[int, ...] = ()
+    diverges: tuple[int, ...] = ()
+    devours: tuple[int, ...] = ()
+    dies: tuple[int, ...] = ()
+    seconds_per_epoch: float = 0.0
+
+    def __call__(self, sample: Sample, *, trial: str, report: Report) -> None:
+        number = int(trial.rpartition("-")[2])
+        self._note(trial, f"called in {os.getpid()}")
+        if number in self.raises:
+            raise RuntimeError(f"{trial} cannot be trained")
+        if number in self.diverges:
+            raise ArithmeticError("the training loss is nan at epoch 1, step 1")
+        state = self.folder / f"{trial}.json"
+        begun = json.loads(state.read_text()) if state.exists() else 0
+        for epoch in range(1, EPOCHS + 1):
+            if epoch > begun:
+                time.sleep(self.seconds_per_epoch)
+                self._note(trial, f"epoch {epoch}")
+            if number in self.dies and not (died := self.folder / f"{trial}.died").exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number in self.devours:
+                hog = bytearray(b"\1") * 2**30
+                time.sleep(60 + len(hog) * 0)
+            state.write_text(json.dumps(max(epoch, begun)))
+            report({"epoch": epoch, "val_accuracy": accuracy(sample, epoch), "seconds": self.seconds_per_epoch})
+
+    def _note(self, trial: str, line: str) -> None:
+        with (self.folder / f"{trial}.log").open("a") as file:
             file.write(f"{line}\n")
-
-    for number in range(100):  # the trials are numbered in the order in which they start
-        claim = Path(data["folder"]) / f"{number}.trial"
-        with contextlib.suppress(FileExistsError):
-            with claim.open("x") as file:
-                file.write(trial)
-            break
-        if claim.read_text() == trial:
-            break
-    note("called")
-    if number in data.get("raises", ()):
-        raise RuntimeError(f"trial {number} cannot be trained")
-    first = json.loads((resume_from / "state.json").read_text())["epoch"] + 1 if resume_from else 1
-    for epoch in range(first, EPOCHS + 1):
-        time.sleep(data.get("seconds_per_epoch", 0))
-        value = math.nan if number in data.get("diverges", ()) else accuracy(sample, epoch)
-        note(f"epoch {epoch}")
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "state.json").write_text(json.dumps({"epoch": epoch}))
-            report({"epoch": epoch, "val_accuracy": value}, Path(folder))
 
 
 def executed(folder: Path) -> dict[str, list[str]]:
-    """What each trial did, by its id."""
-    return {path.stem: path.read_text().split("\n")[:-1] for path in folder.glob("*.log")}
+    """The epochs that each trial trained, by its name."""
+    logs = {path.stem: path.read_text().split("\n")[:-1] for path in folder.glob("*.log")}
+    return {name: [line for line in lines if not line.startswith("called")] for name, lines in logs.items()}
 
 
-def test_dimensions_are_fixed_or_open() -> None:
-    config = settings(num_latents=(16, 8, 16), num_iterations=(3, 3))
-    assert fixed_values(config) == {"num_self_attention_heads": 2, "num_iterations": 3}
-    space = param_space(config)
-    assert set(space) == {"num_latents", "learning_rate"}
-    assert list(space["num_latents"].categories) == [8, 16]
-    assert (space["learning_rate"].lower, space["learning_rate"].upper) == (1e-4, 1e-1)
-    assert fixed_values(settings(num_latents=(8, 16), learning_rate=(0.5, 0.5)))["learning_rate"] == 0.5
+def processes(folder: Path) -> set[str]:
+    lines = [line for path in folder.glob("*.log") for line in path.read_text().splitlines()]
+    return {line for line in lines if line.startswith("called")}
 
 
-def test_a_sample_replaces_the_searched_fields_only() -> None:
-    base = PerceiverConfig(num_latents=64, latent_dim=96, num_self_attention_heads=4)
-    model = to_model({"num_latents": 8, "num_iterations": 3, "learning_rate": 0.1}, base)
-    assert model == PerceiverConfig(num_latents=8, latent_dim=96, num_self_attention_heads=4, num_iterations=3)
-    with pytest.raises(ValueError, match="num_self_attention_heads = 5 does not divide"):
-        to_model({"num_self_attention_heads": 5}, base)
+def run(driver: ToyDriver, config: SearchConfig, journal: Journal | None = None, **more: Any) -> dict[str, Any]:
+    space, folder = Space.of(config, PerceiverConfig()), driver.folder
+    journal = journal or Journal(Storage(str(folder / "state")), "trials")
+    return search(driver, space, config, journal=journal, storage_path=str(folder / "ray"), **more)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_best_is_found_whatever_becomes_of_others(tmp_path: Path) -> None:
-    data = {"folder": str(tmp_path), "raises": [2], "diverges": [3]}
-    found = search(toy_driver, data, settings(num_trials=6), storage_path=str(tmp_path / "state"), name="tune")
-    trials, notes = {trial["id"]: trial for trial in found["trials"]}, executed(tmp_path)
-    assert trials.keys() == notes.keys()
-    assert len(trials) == 6
-    number = {int(path.stem): path.read_text() for path in tmp_path.glob("*.trial")}
-    raised, diverged = trials.pop(number[2]), trials.pop(number[3])
-    assert raised["status"] == "failed"
-    assert raised["error"] == "RuntimeError: trial 2 cannot be trained"
-    assert raised["best_value"] is None
-    assert notes[number[2]] == ["called", "called"], "tried once more, then left"
-    assert diverged["best_value"] is None
-    for name, trial in trials.items():
-        assert (trial["status"], trial["error"]) == ("finished", None)
-        assert notes[name] == ["called", *(f"epoch {epoch}" for epoch in range(1, trial["epochs"] + 1))]
-        assert trial["best_value"] == accuracy(trial["values"], trial["epochs"])
-    assert {trial["epochs"] for trial in trials.values()} > {EPOCHS}, "no trial was stopped early"
-    best = max(trials.values(), key=lambda trial: trial["best_value"])
-    assert (found["best_trial"], found["best_value"]) == (best["id"], best["best_value"])
-    assert found["best"] == best["values"]
-    assert found["best"].keys() == {"num_latents", "num_self_attention_heads", "num_iterations", "learning_rate"}
+    driver = ToyDriver(tmp_path, raises=(2,), diverges=(3,), devours=(4,), dies=(5,))
+    told: list[tuple[str, str, float | None]] = []
+    config = settings(num_trials=9, memory_limit_gib=1.0)
+    preset = {"learning_rate": 0.01}
+    found = run(
+        driver, config, preset=preset, watch=lambda trial, left, new: told.append((trial.name, trial.status, left))
+    )
+    trials, epochs = {trial["name"]: trial for trial in found["trials"]}, executed(tmp_path)
+    assert list(trials) == [f"trial-{number:04d}" for number in range(1, 10)]
+    assert found["best_trial"] == "trial-0001"
+    assert found["best"] == {
+        "num_latents": 8,
+        "num_self_attention_heads": 2,
+        "num_iterations": 1,
+        "learning_rate": 0.01,
+    }, "the preset comes first"
+    assert found["best_value"] == pytest.approx(accuracy({"learning_rate": 0.01}, EPOCHS))
+    errors = {name: trials.pop(name)["error"] for name in ("trial-0002", "trial-0003", "trial-0004")}
+    assert errors["trial-0002"] == "RuntimeError: trial-0002 cannot be trained"
+    assert errors["trial-0003"] == "ArithmeticError: the training loss is nan at epoch 1, step 1"
+    assert errors["trial-0004"].startswith("MemoryError: ")
+    assert "search.memory_limit_gib = 1" in errors["trial-0004"]
+    assert epochs["trial-0005"][:2] == ["epoch 1", "epoch 1"], "a process that dies once is replaced"
+    for trial in trials.values():
+        assert (trial["status"], trial["error"]) in [("finished", None), ("stopped early", None)]
+        assert [row["epoch"] for row in trial["history"]] == list(range(1, len(trial["history"]) + 1))
+        assert (len(trial["history"]) == EPOCHS) == (trial["status"] == "finished")
+        assert trial["best_value"] == accuracy(trial["values"], len(trial["history"]))
+    assert {trial["status"] for trial in trials.values()} == {"finished", "stopped early"}
+    ends = {name: status for name, status, _ in told}
+    assert ends == {trial["name"]: trial["status"] for trial in found["trials"]}
+    assert told[-1][2] == 0, "seconds left"
+    # Two trials at a time; a process is replaced only where one died.
+    assert len(processes(tmp_path)) <= 2 + 2 + 1
     json.dumps(found)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_of_which_nothing_came_raises_what_went_wrong(tmp_path: Path) -> None:
-    data = {"folder": str(tmp_path), "raises": [0]}
-    with pytest.raises(RuntimeError, match=r"no trial .* first one: RuntimeError: trial 0 cannot be trained"):
-        search(toy_driver, data, settings(num_trials=1), storage_path=str(tmp_path / "state"), name="tune")
+    with pytest.raises(RuntimeError, match=r"no trial .* first one: RuntimeError: trial-0001 cannot be trained"):
+        run(ToyDriver(tmp_path, raises=(1,)), settings(num_trials=1))
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_was_finished_before_a_kill_is_kept(tmp_path: Path) -> None:
-    data = {"folder": str(tmp_path), "seconds_per_epoch": 0.25}
+def test_what_was_done_before_a_kill_is_kept(tmp_path: Path) -> None:
+    driver = ToyDriver(tmp_path, seconds_per_epoch=0.25)
 
     @ray.remote(num_cpus=0, max_retries=0)
-    def run() -> dict[str, Any]:
+    def run_there() -> dict[str, Any]:
         (tmp_path / "pid").write_text(str(os.getpid()))
-        config = settings(num_trials=4, grace_epochs=EPOCHS)
-        return search(toy_driver, data, config, storage_path=str(tmp_path / "state"), name="tune")
+        return run(driver, settings(num_trials=4, grace_epochs=EPOCHS))
 
-    cut_off = run.remote()
+    cut_off = run_there.remote()
     deadline = time.monotonic() + 60
-    while sum("epoch 1" in lines for lines in executed(tmp_path).values()) < 3:  # two at a time: one is finished
+    while len(executed(tmp_path)) < 3:  # two at a time: one is finished
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     with pytest.raises(ray.exceptions.WorkerCrashedError):
         ray.get(cut_off)
-    first = min(tmp_path.glob("*.log"), key=lambda path: path.stat().st_mtime).stem
     # In the same job, as a task that is tried again; what the killed one held must be free again.
-    found, after = ray.get(run.remote(), timeout=60), executed(tmp_path)
-    assert {trial["id"] for trial in found["trials"]} == after.keys()
+    found, after = ray.get(run_there.remote(), timeout=60), executed(tmp_path)
+    assert [trial["name"] for trial in found["trials"]] == sorted(after)
     assert len(after) == 4
-    assert all(trial["epochs"] == EPOCHS for trial in found["trials"])
-    whole = ["called", *(f"epoch {epoch}" for epoch in range(1, EPOCHS + 1))]
-    assert after[first] == whole, "what was finished is not run again"
-    for lines in after.values():
-        assert set(lines) == set(whole)
-        assert len([line for line in lines if line != "called"]) <= EPOCHS + 1, "what has a checkpoint goes on from it"
+    assert all(trial["status"] == "finished" and len(trial["history"]) == EPOCHS for trial in found["trials"])
+    whole = [f"epoch {epoch}" for epoch in range(1, EPOCHS + 1)]
+    finished_before = [name for name in after if after[name] == whole]
+    assert "trial-0001" in finished_before or "trial-0002" in finished_before
+    for epochs in after.values():
+        assert sorted(set(epochs)) == whole
+        assert len(epochs) <= EPOCHS + 1, "what has a checkpoint goes on from it"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_earlier_trials_count(tmp_path: Path) -> None:
+    store, drivers = Storage(str(tmp_path / "state")), []
+    for name in ("first", "second", "alone"):
+        (tmp_path / name).mkdir()
+        drivers.append(ToyDriver(tmp_path / name))
+    before = run(drivers[0], settings(num_trials=2), Journal(store, "first"), preset={"learning_rate": 0.01})
+    config = settings(num_trials=2, learning_rate=(2e-3, 1e-1), seed=1)
+    found = run(drivers[1], config, Journal(store, "second", ["first"]))
+    assert found["earlier"] == sum(trial["values"]["learning_rate"] >= 2e-3 for trial in before["trials"])
+    assert found["best"]["learning_rate"] == 0.01, "of the first"
+    assert len(found["trials"]) == len(executed(tmp_path / "second")) == 2
+    config = settings(num_trials=1, learning_rate=(2e-3, 1e-1), use_earlier_trials=False)
+    assert run(drivers[2], config, Journal(store, "alone", ["first"]))["earlier"] == 0

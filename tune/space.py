@@ -1,39 +1,189 @@
-"""The search space, and how a sample of it becomes a model's settings."""
+"""The search space as data: its dimensions, which of them are open, and which points of it can be trained.
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, TypeVar
+A sample maps the name of every searched dimension to a value. Imports neither Ray nor Optuna, so that the command line
+can say at once that a space is empty.
+"""
 
-import ray.tune
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from perceiver.config import PerceiverConfig
+from perceiver.cost import macs_per_image, parameter_count
 from tune.config import SearchConfig
 
-# Field of PerceiverConfig -> field of SearchConfig of the same name; the learning rate is no part of the model.
-MODEL_DIMENSIONS = ("num_latents", "num_self_attention_heads", "num_iterations")
-LEARNING_RATE = "learning_rate"
-
-Config = TypeVar("Config", bound=PerceiverConfig)
+Sample = dict[str, Any]
+Model = TypeVar("Model", bound=PerceiverConfig)
 
 
-def fixed_values(settings: SearchConfig) -> dict[str, Any]:
-    """The dimensions in which there is nothing to choose, with their values."""
-    fixed = {name: getattr(settings, name)[0] for name in MODEL_DIMENSIONS if len(set(getattr(settings, name))) == 1}
-    low, high = settings.learning_rate
-    return fixed | ({LEARNING_RATE: low} if low == high else {})
+@dataclass(frozen=True)
+class Dimension:
+    """One thing that is searched.
+
+    Attributes:
+        name: of the field of `SearchConfig` that holds its values, and of the field that a sample sets.
+        section: whose field it sets: the model's or the training's.
+        scale: `choice` takes one of the listed sizes, in their order; `log` any number between two, on a log scale.
+    """
+
+    name: str
+    section: Literal["model", "train"]
+    scale: Literal["choice", "log"] = "choice"
 
 
-def param_space(settings: SearchConfig) -> dict[str, Any]:
-    """Ray Tune's search space: every dimension in which there is something to choose."""
-    fixed = fixed_values(settings)
-    space = {
-        name: ray.tune.choice(sorted(set(getattr(settings, name)))) for name in MODEL_DIMENSIONS if name not in fixed
-    }
-    if LEARNING_RATE not in fixed:
-        space[LEARNING_RATE] = ray.tune.loguniform(*settings.learning_rate)
-    return space
+DIMENSIONS = (
+    Dimension("num_latents", "model"),
+    Dimension("latent_dim", "model"),
+    Dimension("num_self_attention_heads", "model"),
+    Dimension("num_iterations", "model"),
+    Dimension("num_self_attention_blocks", "model"),
+    Dimension("learning_rate", "train", "log"),
+    Dimension("weight_decay", "train", "log"),
+)
 
 
-def to_model(sample: Mapping[str, Any], base: Config) -> Config:
-    """`base` with the sampled fields."""
-    return replace(base, **{name: sample[name] for name in MODEL_DIMENSIONS if name in sample})
+@dataclass(frozen=True)
+class Space:
+    """The points that a search may try, all of them models that can be built and that are within the budget.
+
+    Attributes:
+        values: of each searched dimension: the choices in ascending order, or the lowest and the highest. One value is
+            a dimension that is fixed.
+        model: the settings that a sample changes.
+        max_gflops: budget in GFLOPs an image, forward.
+        max_parameters: budget in parameters.
+    """
+
+    values: Mapping[str, tuple[Any, ...]]
+    model: PerceiverConfig
+    max_gflops: float | None = None
+    max_parameters: int | None = None
+
+    @classmethod
+    def of(cls, settings: SearchConfig, model: PerceiverConfig) -> "Space":
+        """The space that `settings` ask for, around `model`.
+
+        Raises:
+            ValueError: if no point of it can be trained.
+        """
+        values = {d.name: tuple(sorted(set(getattr(settings, d.name)))) for d in DIMENSIONS}
+        values = {name: listed for name, listed in values.items() if listed}
+        space = cls(values, model, settings.max_gflops, settings.max_parameters)
+        if not any(space.allows(shape) for shape in space.shapes()):
+            raise ValueError(f"the search space is empty: {space.why_not(next(space.shapes()))}")
+        return space
+
+    @property
+    def open(self) -> tuple[Dimension, ...]:
+        """The dimensions in which there is something to choose."""
+        return tuple(d for d in DIMENSIONS if len(self.values.get(d.name, ())) > 1)
+
+    @property
+    def fixed(self) -> Sample:
+        """The searched dimensions in which there is nothing to choose, with their values."""
+        return {name: listed[0] for name, listed in self.values.items() if len(listed) == 1}
+
+    def shapes(self) -> Iterator[Sample]:
+        """Every combination of the model's dimensions, those that cannot be built too."""
+        names = [d.name for d in DIMENSIONS if d.section == "model" and d.name in self.values]
+        for combination in itertools.product(*(self.values[name] for name in names)):
+            yield dict(zip(names, combination, strict=True))
+
+    def allows(self, sample: Mapping[str, Any]) -> bool:
+        """Whether the model of `sample` can be built and is within the budget."""
+        return self.why_not(sample) is None
+
+    def why_not(self, sample: Mapping[str, Any]) -> str | None:
+        """Why `sample` is not tried, with the remedy; None if it may be."""
+        try:
+            model = to_model(sample, self.model)
+        except ValueError as error:
+            return str(error)
+        costs = {"max_gflops": gflops_per_image(model), "max_parameters": parameter_count(model)}
+        for name, cost in costs.items():
+            limit = getattr(self, name)
+            if limit is not None and cost > limit:
+                return (
+                    f"search.{name} = {limit:g} is less than the {cost:g} of a model: raise it, or search smaller ones"
+                )
+        return None
+
+    def contains(self, sample: Mapping[str, Any]) -> bool:
+        """Whether a trial of `sample`, of an earlier search perhaps, belongs to this space."""
+        if sample.keys() != self.values.keys():
+            return False
+        for dimension in DIMENSIONS:
+            if listed := self.values.get(dimension.name):
+                value = sample[dimension.name]
+                if not (listed[0] <= value <= listed[-1] if dimension.scale == "log" else value in listed):
+                    return False
+        return self.allows(sample)
+
+    def nearest(self, wanted: Mapping[str, Any]) -> Sample:
+        """The values in the space that are closest to those of `wanted`, dimension by dimension; may not be allowed."""
+        sample = self.fixed
+        for dimension in self.open:
+            listed, value = self.values[dimension.name], wanted[dimension.name]
+            if dimension.scale == "log":
+                sample[dimension.name] = min(max(value, listed[0]), listed[-1])
+            else:
+                sample[dimension.name] = min(listed, key=lambda choice: abs(math.log(choice / value)))
+        return self.ordered(sample)
+
+    def grid(self, points: int) -> Iterator[Sample]:
+        """All allowed points of a grid, with `points` values of each dimension on a log scale, evenly spaced on it."""
+        axes = []
+        for dimension in DIMENSIONS:
+            listed = self.values.get(dimension.name, ())
+            if dimension.scale == "log" and len(listed) > 1:
+                low, high = listed
+                steps = [k / (points - 1) for k in range(points)] if points > 1 else [0.5]
+                listed = tuple(low * (high / low) ** step for step in steps)
+            if listed:
+                axes.append([(dimension.name, value) for value in listed])
+        for combination in itertools.product(*axes):
+            if self.allows(sample := dict(combination)):
+                yield sample
+
+    def draw(self, rng: random.Random) -> Sample:
+        """An allowed point at random: each choice as likely as another, ranges evenly on a log scale."""
+        while True:
+            sample = self.fixed
+            for dimension in self.open:
+                listed = self.values[dimension.name]
+                if dimension.scale == "log":
+                    sample[dimension.name] = math.exp(rng.uniform(math.log(listed[0]), math.log(listed[-1])))
+                else:
+                    sample[dimension.name] = rng.choice(listed)
+            if self.allows(sample):
+                return self.ordered(sample)
+
+    def ordered(self, sample: Mapping[str, Any]) -> Sample:
+        """`sample` in the order of the dimensions."""
+        return {d.name: sample[d.name] for d in DIMENSIONS if d.name in sample}
+
+
+def to_model(sample: Mapping[str, Any], base: Model) -> Model:
+    """`base` with the sampled fields.
+
+    Raises:
+        ValueError: if such a model cannot be built.
+    """
+    return replace(base, **_fields(sample, "model"))
+
+
+def training_values(sample: Mapping[str, Any]) -> Sample:
+    """The sampled fields of the training's settings."""
+    return _fields(sample, "train")
+
+
+def gflops_per_image(model: PerceiverConfig) -> float:
+    """Billions of operations of a forward pass; a multiplication with its addition is two."""
+    return 2 * macs_per_image(model) / 1e9
+
+
+def _fields(sample: Mapping[str, Any], section: str) -> Sample:
+    return {d.name: sample[d.name] for d in DIMENSIONS if d.section == section and d.name in sample}

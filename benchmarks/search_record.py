@@ -1,0 +1,206 @@
+"""Learning curves of many points of the search space, to replay searches on.
+
+    python benchmarks/search_record.py --archive cifar-100-python.tar.gz --lines curves.jsonl
+    python benchmarks/search_record.py --lines curves.jsonl --pack benchmarks/data/search_curves.json.gz
+
+Points are drawn at random and trained to the end, none is stopped early: 120 of them in about 30 minutes on 2 cores, as
+many at a time as there are cores, one core each. Each finished one is a line of `--lines`; the same command goes on
+after the last. `--pack` makes one compressed file of the lines. Both searches and points are judged on validation rows.
+
+The models are small and the rows few, so that a curve takes seconds; what a replay shows holds for such curves.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver.cost import macs_per_image, parameter_count
+from pipeline.batches import ImageArrays
+from pipeline.config import PRESETS, DatasetConfig, ModelConfig, TrainingConfig
+from tune.config import SearchConfig
+from tune.space import Space, to_model, training_values
+
+SEARCH = SearchConfig(
+    num_latents=(4, 8, 16),
+    latent_dim=(24, 32, 48, 64),
+    num_self_attention_heads=(1, 2, 4, 8, 16),
+    num_iterations=(1, 2, 3),
+    num_self_attention_blocks=(1, 2),
+    learning_rate=(3e-4, 2e-2),
+    weight_decay=(1e-3, 0.5),
+)
+SMALLER: dict[str, Any] = {"conv_channels": 16, "data_dim": 32, "num_cross_attention_heads": 1}
+CURVE = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the curves depend on; lines of other settings are not gone on with."""
+
+    train_rows: int
+    validation_rows: int
+    epochs: int
+    global_batch_size: int
+    seed: int
+
+
+def recipe(settings: Settings) -> tuple[ModelConfig, TrainingConfig]:
+    """Model and training of a curve, before a sample changes them."""
+    base = PRESETS["cifar100"]()
+    train = replace(
+        base.train,
+        epochs=settings.epochs,
+        global_batch_size=settings.global_batch_size,
+        num_workers=1,
+        seed=settings.seed,
+    )
+    return replace(base.model, **SMALLER), train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
+    parser.add_argument("--lines", type=Path, required=True, help="a line of JSON for each finished curve")
+    parser.add_argument("--pack", type=Path, help="write the lines there, compressed, and train nothing")
+    parser.add_argument("--curves", type=int, default=120)
+    parser.add_argument("--train-rows", type=int, default=5000)
+    parser.add_argument("--validation-rows", type=int, default=2500)
+    parser.add_argument("--epochs", type=int, default=9)
+    parser.add_argument("--global-batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="curves at the same time")
+    args = parser.parse_args()
+    if args.pack:
+        pack(args.lines, args.pack)
+        return
+    if args.archive is None:
+        parser.error("give --archive")
+    settings = Settings(args.train_rows, args.validation_rows, args.epochs, args.global_batch_size, args.seed)
+    done = begin(args.lines, settings)
+    todo = [number for number in range(args.curves) if number not in done]
+    cores = sorted(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        free = manager.Queue()
+        for job in range(args.jobs):
+            free.put(cores[job % len(cores)])
+        with (
+            ProcessPoolExecutor(args.jobs, context, start, (free, args.archive, settings)) as pool,
+            args.lines.open("a") as lines,
+        ):
+            for future in as_completed([pool.submit(curve, number, settings) for number in todo]):
+                row = future.result()
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                print(line_of(row), file=sys.stderr, flush=True)
+
+
+def begin(lines: Path, settings: Settings) -> set[int]:
+    """Numbers of the curves that are done; a file that is not there gets its first line, the settings."""
+    if not lines.exists():
+        lines.write_text(json.dumps({"settings": vars(settings), "search": vars(SEARCH), "model": SMALLER}) + "\n")
+    head, *rows = read(lines)
+    if head["settings"] != vars(settings):
+        raise SystemExit(f"{lines} has curves of {head['settings']}, not of {vars(settings)}: give another --lines")
+    return {row["number"] for row in rows}
+
+
+def read(lines: Path) -> list[dict[str, Any]]:
+    """The whole lines; a kill may have cut off the last one, which is then taken away."""
+    text = lines.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        lines.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def pack(lines: Path, target: Path) -> None:
+    head, *rows = read(lines)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    contents = json.dumps(head | {"curves": sorted(rows, key=lambda row: row["number"])}, separators=(",", ":"))
+    with gzip.GzipFile(target, "wb", mtime=0) as file:  # the same lines give the same bytes
+        file.write(contents.encode())
+    best = [max(epoch["val_accuracy"] for epoch in row["epochs"]) for row in rows]
+    print(
+        f"{len(rows)} curves, best {max(best):.4f}, median {statistics.median(best):.4f}, {target.stat().st_size} bytes"
+    )
+
+
+def line_of(row: dict[str, Any]) -> str:
+    sample = " ".join(f"{name}={value:.3g}" for name, value in row["sample"].items())
+    return f"{row['number']:4} {row['epochs'][-1]['val_accuracy']:.4f} {row['seconds']:6.1f} s  {sample}"
+
+
+_data: tuple[ImageArrays, ImageArrays]
+
+
+def start(free: Any, archive: str, settings: Settings) -> None:
+    """Gives this process a core of its own and the rows."""
+    global _data
+    os.sched_setaffinity(0, {free.get()})
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _data = load_rows(archive, settings)
+
+
+def load_rows(archive: str, settings: Settings) -> tuple[ImageArrays, ImageArrays]:
+    """Training and validation rows, equally many of every class as far as that is possible."""
+    from pipeline.datasets import load
+    from pipeline.preprocess import stratified_split
+
+    with open(archive, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = load(DatasetConfig(archive=archive, sha256=sha256)).train
+    wanted = settings.train_rows + settings.validation_rows
+    _, some = stratified_split(rows.labels, wanted / len(rows.labels), settings.seed)
+    kept, held_out = stratified_split(rows.labels[some], settings.validation_rows / len(some), settings.seed)
+    return tuple(ImageArrays(some[ids], rows.images[some[ids]], rows.labels[some[ids]]) for ids in (kept, held_out))  # type: ignore[return-value]
+
+
+def curve(number: int, settings: Settings) -> dict[str, Any]:
+    """Trains the point with this number to the end."""
+    import keras
+
+    from pipeline.train import train_in_process
+
+    keras.utils.clear_session()  # of the curve before
+    train, validation = _data
+    base, config = recipe(settings)
+    pixels = train.images / np.float32(255)
+    mean, std = (tuple(map(float, f((0, 1, 2), dtype=np.float64))) for f in (pixels.mean, pixels.std))
+    base = replace(base, pixel_mean=mean, pixel_std=std)
+    sample = Space.of(SEARCH, base).draw(random.Random(f"{settings.seed}/{number}"))
+    model = to_model(sample, base)
+    epochs: list[dict[str, float]] = []
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        epochs.append({name: float(f"{metrics[name]:.6g}") for name in CURVE})
+
+    begun = time.perf_counter()
+    train_in_process(
+        model, replace(config, **training_values(sample)), train, validation, report=report, resume_from=None
+    )
+    return {
+        "number": number,
+        "sample": sample,
+        "parameters": parameter_count(model),
+        "gmacs": macs_per_image(model) / 1e9,
+        "seconds": time.perf_counter() - begun,
+        "epochs": epochs,
+    }
+
+
+if __name__ == "__main__":
+    main()

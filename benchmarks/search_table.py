@@ -1,0 +1,79 @@
+"""What did a search find? Its trials, with uncertainties, and what each value of a dimension came to.
+
+    python pipeline/run.py cifar100 --until search --search.num-trials 40 ...
+    python benchmarks/search_table.py runs
+
+Reads the manifest of the newest search below the storage folder, or the trials so far of one that is not done. The
+uncertainty of a validation accuracy is one standard error of a share of so many rows; another seed of the training adds
+to it. The means by value are of the accuracy after the first epoch, which every trial has: what ASHA has stopped would
+otherwise count with an early value. TPE tries good regions more often, so a mean by value is no effect by itself.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tune.space import DIMENSIONS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("storage", type=Path)
+    parser.add_argument("--validation-rows", type=int, default=2500, help="rows on which trials were judged")
+    args = parser.parse_args()
+    folders = sorted(args.storage.glob("tasks/search/*/state/trials"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise SystemExit(f"{args.storage} has no search")
+    trials = [json.loads(path.read_text()) for path in sorted(folders[-1].glob("trial-*.json"))]
+    told = [
+        trial | {"best": max(row["val_accuracy"] for row in trial["history"])} for trial in trials if trial["history"]
+    ]
+    console = Console(width=200)
+    console.print(trial_table(told, args.validation_rows))
+    console.print(value_table(told))
+    statuses = {status: sum(trial["status"] == status for trial in trials) for status in {t["status"] for t in trials}}
+    print(json.dumps({"benchmark": "search_table", "statuses": statuses, "trials": told}))
+
+
+def trial_table(trials: list[dict[str, Any]], rows: int) -> Table:
+    """The best trials first."""
+    names = [d.name for d in DIMENSIONS if d.name in trials[0]["values"]]
+    short = (name.replace("num_self_attention_", "").replace("num_", "") for name in names)
+    table = Table("trial", *short, "GFLOPs", "parameters", "status", "epochs", "best accuracy", "minutes")
+    for trial in sorted(trials, key=lambda trial: -trial["best"]):
+        values = [f"{trial['values'][name]:.3g}" for name in names]
+        error = math.sqrt(trial["best"] * (1 - trial["best"]) / rows)
+        minutes = (trial["ended"] - trial["started"]) / 60 if trial["ended"] else math.nan
+        cost = (f"{trial['gflops']:.3f}", f"{trial['parameters']:,}")
+        epochs, best = str(len(trial["history"])), f"{trial['best']:.2%} ± {error:.2%}"
+        table.add_row(trial["name"], *values, *cost, trial["status"], epochs, best, f"{minutes:.1f}")
+    return table
+
+
+def value_table(trials: list[dict[str, Any]]) -> Table:
+    """By value of each dimension: trials, mean accuracy after the first epoch, best accuracy of all."""
+    table = Table("dimension", "value", "trials", "after epoch 1, mean ± 95%", "best")
+    for dimension in DIMENSIONS:
+        if dimension.scale == "log" or dimension.name not in trials[0]["values"]:
+            continue
+        groups = defaultdict(list)
+        for trial in trials:
+            groups[trial["values"][dimension.name]].append(trial)
+        for value, group in sorted(groups.items()):
+            first = [trial["history"][0]["val_accuracy"] for trial in group]
+            half = 1.96 * statistics.stdev(first) / math.sqrt(len(first)) if len(first) > 1 else math.nan
+            best = max(trial["best"] for trial in group)
+            cells = (str(len(group)), f"{statistics.mean(first):.2%} ± {half:.2%}", f"{best:.2%}")
+            table.add_row(dimension.name, str(value), *cells)
+    return table
+
+
+if __name__ == "__main__":
+    main()
