@@ -33,6 +33,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high], both positive; the ends, where that leaves less than two."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [tick for power in powers for factor in (1, 2, 5) if low <= (tick := float(f"{factor}e{power}")) <= high]
+    return found if len(found) > 1 else [low, high]
+
+
 def number(value: float) -> str:
     """At most four significant digits."""
     return f"{value:.4g}"
@@ -43,10 +50,11 @@ def percent(value: float) -> str:
 
 
 class _Axes:
-    """Where values lie on the paper; logarithmic in x if asked for."""
+    """Where values lie on the paper; logarithmic in x, or with whole numbers there, if asked for."""
 
-    def __init__(self, x: Point, y: Point, log_x: bool = False) -> None:
-        self.x_range, self.y_range, self.log_x = _widened(x, log_x), _widened(y), log_x
+    def __init__(self, x: Point, y: Point, log_x: bool = False, whole_x: bool = False) -> None:
+        self.x_range, self.y_range = _widened(x, 0.5), _widened(y, 0.05 * abs(y[0]) or 0.5)
+        self.log_x, self.whole_x = log_x, whole_x
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -61,7 +69,9 @@ class _Axes:
         self, x_label: str, y_label: str, x_format: Callable[[float], str], y_format: Callable[[float], str]
     ) -> str:
         low, high = self.x_range
-        across = [low, math.sqrt(low * high), high] if self.log_x else ticks(low, high)
+        across = log_ticks(low, high) if self.log_x else ticks(low, high)
+        if self.whole_x:
+            across = [value for value in across if float(value).is_integer()]
         parts = []
         for value in ticks(*self.y_range):
             y = self.y(value)
@@ -93,7 +103,8 @@ def line_chart(
     """Lines over a common axis, with a legend if there are several; points that are not finite are left out."""
     kept = {name: [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])] for name, points in series.items()}
     everything = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
-    axes = _Axes(_extent([x for x, _ in everything]), y_range or _extent([y for _, y in everything]))
+    xs = [x for x, _ in everything]
+    axes = _Axes(_extent(xs), y_range or _extent([y for _, y in everything]), whole_x=_whole(xs))
     parts = [axes.draw(x_label, y_label, number, y_format)]
     for index, (name, points) in enumerate(kept.items()):
         places = [(axes.x(x), axes.y(y)) for x, y in points]
@@ -114,8 +125,8 @@ def scatter_chart(
     marked: str | None = None,
 ) -> str:
     """Named points, of which one may be `marked`; a name is shown when the pointer rests on its point."""
-    across, up = _extent([x for x, _ in points.values()]), _extent([y for _, y in points.values()])
-    axes = _Axes(across if log_x else _padded(across), _padded(up), log_x)
+    xs, up = [x for x, _ in points.values()], _extent([y for _, y in points.values()])
+    axes = _Axes(_padded(_extent(xs), log_x), _padded(up), log_x, _whole(xs))
     parts = [axes.draw(x_label, y_label, number, y_format)]
     for name, (x, y) in sorted(points.items(), key=lambda item: item[0] == marked):  # the marked one on top
         style, radius = ("s1", 6) if name == marked else ("s0", 4)
@@ -238,14 +249,20 @@ def _extent(values: Sequence[float]) -> Point:
     return min(values), max(values)
 
 
-def _padded(extent: Point) -> Point:
-    margin = 0.05 * (extent[1] - extent[0])
-    return extent[0] - margin, extent[1] + margin
+def _whole(values: Sequence[float]) -> bool:
+    return all(float(value).is_integer() for value in values)
 
 
-def _widened(extent: Point, log: bool = False) -> Point:
+def _padded(extent: Point, log: bool = False) -> Point:
+    low, high = extent
+    if log:
+        factor = (high / low) ** 0.05
+        return low / factor, high * factor
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _widened(extent: Point, margin: float) -> Point:
     """`extent`, made wider where it is a single value."""
     low, high = extent
-    if high > low:
-        return low, high
-    return (low / 2, low * 2) if log else (low - 0.5, high + 0.5)
+    return (low, high) if high > low else (low - margin, high + margin)

@@ -216,6 +216,27 @@ def test_few_classes_are_named_in_the_matrix() -> None:
     assert "taken for cat" not in chart, "what never happened has no cell"
 
 
+def test_log_ticks_are_round_and_within() -> None:
+    assert figures.log_ticks(0.0013, 0.017) == [0.002, 0.005, 0.01]
+    assert figures.log_ticks(1, 100) == [1, 2, 5, 10, 20, 50, 100]
+    assert figures.log_ticks(0.0021, 0.0049) == [0.0021, 0.0049], "no two round ones"
+
+
+def labels(svg: str) -> list[str]:
+    """Of the ticks: first those of the vertical axis."""
+    return re.findall(r'text-anchor="(?:end|middle)">([^<]*)</text>', svg)
+
+
+def test_sizes_have_whole_numbers_and_a_constant_has_no_room_above_all() -> None:
+    svg = figures.scatter_chart({"a": (1, 0.5), "b": (2, 0.6)}, x_label="iterations", y_label="y")
+    assert [label for label in labels(svg) if "." not in label] == ["1", "2", "iterations"]
+    best = {"best": [(1.0, 0.9), (2.0, 0.9)]}
+    svg = figures.line_chart(best, x_label="trials", y_label="y", y_format=figures.percent)
+    shares = [float(label[:-1]) for label in labels(svg) if label.endswith("%")]
+    assert shares
+    assert max(shares) < 100
+
+
 def test_ticks_are_round_and_within() -> None:
     assert figures.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert figures.ticks(13, 87) == [20, 40, 60, 80]
