@@ -121,6 +121,7 @@ def test_an_outage_costs_neither_time_nor_metrics(server: TrackingServer, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the drivers wait two minutes for the server
 def test_what_a_dead_server_misses_the_same_command_sends(server: TrackingServer, tmp_path: Path) -> None:
     options = ["--train.epochs", "6", "--until", "train"]
     driver = Driver(tmp_path, server.uri, *options)
