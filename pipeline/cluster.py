@@ -25,15 +25,25 @@ def connect(config: PipelineConfig) -> None:
             names the numbers and the remedy.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if address_to_join() is None:
+        check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
+    join_or_start()
+    check_resources(config, ray.cluster_resources(), "the cluster")
+
+
+def join_or_start() -> None:
+    """Joins the Ray cluster that is there, or starts one on this machine.
+
+    Raises:
+        ValueError: if nothing answers at `$RAY_ADDRESS`.
+    """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address := address_to_join():
         ray.init(address=address, **options)
     else:
         cpus = len(os.sched_getaffinity(0))
-        check_resources(config, {"CPU": cpus, "GPU": None}, "this machine")
         # Not left to Ray: asked for any address, it would join whatever cluster another program runs on this machine.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
-    check_resources(config, ray.cluster_resources(), "the cluster")
 
 
 def address_to_join() -> str | None:

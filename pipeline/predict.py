@@ -28,7 +28,7 @@ import ray.data
 import tyro
 from rich.console import Console
 
-from pipeline.cluster import address_to_join
+from pipeline.cluster import join_or_start
 from pipeline.image_parts import ImageInput, Part, list_parts
 from pipeline.part_classifier import Classifier, count_errors, file_name, read
 from pipeline.progress import make_console
@@ -95,7 +95,9 @@ def predict(options: PredictOptions, console: Console | None = None) -> dict[str
         todo = [part for part in source.parts if file_name(part.number) not in present]
         progress.begin(source, todo)
         if todo:
-            _connect()
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if not ray.is_initialized():
+                join_or_start()
             for record in _predictions(options, model, source, output, todo):
                 progress.add(record)
     done = {
@@ -145,19 +147,6 @@ def _predictions(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with own_errors():
         yield from done.iter_rows()
-
-
-def _connect() -> None:
-    """Joins the Ray cluster that is there, or starts one on this machine."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address := address_to_join():
-        ray.init(address=address, **options)
-    else:
-        cpus = len(os.sched_getaffinity(0))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
 
 
 def _job(options: PredictOptions, model: RegisteredModel, source: ImageInput) -> dict[str, Any]:

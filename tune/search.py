@@ -210,9 +210,6 @@ class _Proposer(Searcher):
     def save_to_dir(self, *_: Any, **__: Any) -> None:
         """Nothing: the journal has it all."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search goes on from its journal")
-
 
 def _run(
     driver: TrialDriver,
