@@ -75,7 +75,8 @@ class ToyDriver:
             if number in self.devours:
                 hog = bytearray(b"\1") * 2**30
                 time.sleep(60 + len(hog) * 0)
-            state.write_text(json.dumps(max(epoch, begun)))
+            (new := state.with_suffix(".new")).write_text(json.dumps(max(epoch, begun)))
+            new.replace(state)  # whole, or the one before: this process may be killed here
             report({"epoch": epoch, "val_accuracy": accuracy(sample, epoch), "seconds": self.seconds_per_epoch})
 
     def _note(self, trial: str, line: str) -> None:
@@ -166,7 +167,8 @@ def test_what_was_done_before_a_kill_is_kept(tmp_path: Path) -> None:
     found, after = ray.get(run_there.remote(), timeout=60), executed(tmp_path)
     assert [trial["name"] for trial in found["trials"]] == sorted(after)
     assert len(after) == 4
-    assert all(trial["status"] == "finished" and len(trial["history"]) == EPOCHS for trial in found["trials"])
+    became = [(trial["name"], trial["status"], trial["error"], len(trial["history"])) for trial in found["trials"]]
+    assert became == [(name, "finished", None, EPOCHS) for name in sorted(after)]
     whole = [f"epoch {epoch}" for epoch in range(1, EPOCHS + 1)]
     finished_before = [name for name in after if after[name] == whole]
     assert "trial-0001" in finished_before or "trial-0002" in finished_before
