@@ -58,12 +58,19 @@ def no_process_left() -> Iterator[None]:
     assert not left, "processes outlived the tests:\n" + "\n".join(f"{pid} {command}" for pid, command in left.items())
 
 
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """For the `RAY_TMPDIR` of drivers that a test starts."""
+    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray cluster with 2 CPUs."""
     import ray
 
-    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
     folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     yield

@@ -4,8 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +74,6 @@ def test_the_remedy_fits(cpus: float) -> None:
             check_resources(greedy, {"CPU": cpus}, "the cluster")
         remedy = float(str(raised.value).rpartition(" ")[2].rstrip(")"))
         assert 0 <= cpus / workers - remedy < 0.001
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
-    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 def test_a_cluster_is_joined_only_if_ray_start_left_it(ray_folder: Path) -> None:

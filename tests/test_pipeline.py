@@ -87,17 +87,6 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def ray_folder() -> Iterator[Path]:
-    """Short, for the paths of Ray's sockets have little room."""
-    import shutil
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Iterator[Runs]:
     """A storage folder in which one run is done."""
     made = Runs(tmp_path_factory.mktemp("pipeline"), ray_folder)

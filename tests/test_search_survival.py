@@ -3,12 +3,9 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +30,6 @@ def start(storage: Path, ray_folder: Path, log: Path) -> subprocess.Popen[bytes]
 def records(storage: Path) -> dict[str, dict[str, Any]]:
     paths = storage.glob("tasks/search/*/state/trials/trial-*.json")
     return {path.stem: json.loads(path.read_text()) for path in sorted(paths)}
-
-
-@pytest.fixture
-def ray_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))  # paths of Ray's sockets have little room
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow

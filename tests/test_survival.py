@@ -9,7 +9,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -242,17 +241,16 @@ def test_workers_for_which_there_is_no_room_end_in_an_error(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_elastic_training_takes_what_hosts_there_are(
-    storage: Storage, manifest: dict[str, Any], tmp_path: Path
+    storage: Storage, manifest: dict[str, Any], tmp_path: Path, ray_folder: Path
 ) -> None:
     epochs = 120
     # Adam would amplify the rounding of another order of addition.
     train = {"epochs": epochs, "early_stopping_patience": epochs, "learning_rate_schedule": "constant"}
     train |= {"optimizer": "sgd", "learning_rate": 0.02}
-    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as ray_folder:
-        orders = {"storage": str(tmp_path / "runs"), "train": train}
-        command = [sys.executable, str(Path(__file__).with_name("elastic_cluster.py")), json.dumps(orders)]
-        environment = os.environ | {"RAY_TMPDIR": ray_folder}
-        elastic = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
+    orders = {"storage": str(tmp_path / "runs"), "train": train}
+    command = [sys.executable, str(Path(__file__).with_name("elastic_cluster.py")), json.dumps(orders)]
+    environment = os.environ | {"RAY_TMPDIR": str(ray_folder)}
+    elastic = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
     assert elastic.returncode == 0, elastic.stdout + elastic.stderr
     history = json.loads(elastic.stdout.splitlines()[-1])
     sizes = [size for size, _ in itertools.groupby(epoch["num_workers"] for epoch in history)]
