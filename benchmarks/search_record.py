@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import json_lines
 import numpy as np
 
 from perceiver.cost import macs_per_image, parameter_count
@@ -97,38 +98,25 @@ def main() -> None:
         free = manager.Queue()
         for job in range(args.jobs):
             free.put(cores[job % len(cores)])
-        with (
-            ProcessPoolExecutor(args.jobs, context, start, (free, args.archive, settings)) as pool,
-            args.lines.open("a") as lines,
-        ):
+        with ProcessPoolExecutor(args.jobs, context, start, (free, args.archive, settings)) as pool:
             for future in as_completed([pool.submit(curve, number, settings) for number in todo]):
                 row = future.result()
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
+                json_lines.add(args.lines, row)
                 print(line_of(row), file=sys.stderr, flush=True)
 
 
 def begin(lines: Path, settings: Settings) -> set[int]:
     """Numbers of the curves that are done; a file that is not there gets its first line, the settings."""
     if not lines.exists():
-        lines.write_text(json.dumps({"settings": vars(settings), "search": vars(SEARCH), "model": SMALLER}) + "\n")
-    head, *rows = read(lines)
+        json_lines.add(lines, {"settings": vars(settings), "search": vars(SEARCH), "model": SMALLER})
+    head, *rows = json_lines.read(lines)
     if head["settings"] != vars(settings):
         raise SystemExit(f"{lines} has curves of {head['settings']}, not of {vars(settings)}: give another --lines")
     return {row["number"] for row in rows}
 
 
-def read(lines: Path) -> list[dict[str, Any]]:
-    """The whole lines; a kill may have cut off the last one, which is then taken away."""
-    text = lines.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        lines.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def pack(lines: Path, target: Path) -> None:
-    head, *rows = read(lines)
+    head, *rows = json_lines.read(lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     contents = json.dumps(head | {"curves": sorted(rows, key=lambda row: row["number"])}, separators=(",", ":"))
     with gzip.GzipFile(target, "wb", mtime=0) as file:  # the same lines give the same bytes

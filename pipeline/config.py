@@ -108,8 +108,8 @@ class TrainingConfig:
     """Passes over the training rows."""
     global_batch_size: int = 128
     """Rows of a step over all workers; `num_workers` must divide it."""
-    optimizer: Literal["adam", "adamw", "lamb", "sgd"] = "adamw"
-    """Optimizer; `sgd` has a momentum of 0.9."""
+    optimizer: Literal["adam", "adamw", "lamb", "muon", "sgd"] = "adamw"
+    """Optimizer; `sgd` has a momentum of 0.9, `muon` is AdamW for all but the matrices within the model."""
     learning_rate: float = 2e-3
     """Highest learning rate."""
     learning_rate_schedule: Literal["cosine", "plateau", "constant"] = "cosine"
@@ -121,7 +121,7 @@ class TrainingConfig:
     early_stopping_patience: int = 15
     """Epochs without improvement of the validation loss before training stops; the best weights are kept."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of kernels (adamw, lamb, sgd; no biases, scales, latents or positions)."""
+    """Decoupled weight decay of kernels (adamw, lamb, muon, sgd; no biases, scales, latents or positions)."""
     label_smoothing: float = 0.0
     """Share of the target given to all classes alike."""
     random_crop_padding: int = 4

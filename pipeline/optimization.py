@@ -1,5 +1,7 @@
 """Loss, optimizer and learning-rate schedule that a `TrainingConfig` names."""
 
+import re
+
 import keras
 from keras import ops
 
@@ -54,6 +56,12 @@ def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) 
         return keras.optimizers.Adam(rate)
     if config.optimizer == "sgd":
         made = keras.optimizers.SGD(rate, momentum=SGD_MOMENTUM, weight_decay=decay)
+    elif config.optimizer == "muon":
+        # Keras takes Muon for all that is 2-D, but latents and positions are vectors side by side, and the last layer's
+        # columns are one for each class (Jordan et al., 2024: not for embeddings and not for the classifier).
+        kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(model.logits.kernel)}
+        others = [f"^{re.escape(v.path)}$" for v in model.trainable_variables if id(v) not in kernels]
+        made = keras.optimizers.Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
     elif config.optimizer == "lamb":
         made = keras.optimizers.Lamb(rate, weight_decay=decay)
     else:

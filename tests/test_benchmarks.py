@@ -118,3 +118,21 @@ def test_all_reduce() -> None:
     assert "packed bfloat16" in table
     agreement = {row["way"]: row["agrees"] for row in result["rows"]}
     assert max(agreement[way] for way in ("one by one", "list", "packed")) < 1e-6 < agreement["packed bfloat16"] < 1e-2
+
+
+@pytest.mark.slow
+def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    small = ("digits", "--steps", "4", "--rounds", "1", "--only", "pixels", "--record", str(record))
+    table, first = benchmark("ablations", *small)
+    assert "Budget: 4 steps of the preset, equal time" in table
+    assert {(run["variant"], run["seed"]) for run in first["runs"]} == {("as it is", 0), ("pixels", 0)}
+    pixels = next(run for run in first["runs"] if run["variant"] == "pixels")
+    assert pixels["steps_taken"] == max(1, round(4 / pixels["relative_step_time"]))
+    with record.open("a") as file:
+        file.write('{"cut off')
+    _, again = benchmark("ablations", *small, "--seeds", "0", "1")
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert lines[:2] == first["runs"], "what was done is not done again"
+    assert {(run["variant"], run["seed"]) for run in lines[2:]} == {("as it is", 1), ("pixels", 1)}
+    assert len(again["runs"]) == 4

@@ -1,24 +1,37 @@
 """Loss, optimizers and schedules; that weight decay, which the published example names and never uses, decays."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Literal
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny_perceivers import TINY
 
+from perceiver import Perceiver
 from pipeline.config import TrainingConfig
 from pipeline.optimization import SmoothedCrossEntropy, learning_rate, optimizer
 
+OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
 CONFIG = TrainingConfig(learning_rate=0.1, learning_rate_schedule="constant", weight_decay=0.5)
 
 
+def small_perceiver() -> Perceiver:
+    model = Perceiver(**asdict(TINY["conv"]))
+    model.build()
+    return model
+
+
 @pytest.mark.parametrize(
-    ("name", "decays"), [("adamw", True), ("sgd", True), ("lamb", True), ("adam", False)], ids=lambda value: str(value)
+    ("name", "decays"),
+    [("adamw", True), ("sgd", True), ("lamb", True), ("muon", True), ("adam", False)],
+    ids=lambda value: str(value),
 )
-def test_weight_decay_acts_on_kernels_alone(name: Literal["adam", "adamw", "lamb", "sgd"], decays: bool) -> None:
-    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2), keras.layers.LayerNormalization()])
+def test_weight_decay_acts_on_kernels_alone(
+    name: Literal["adam", "adamw", "lamb", "muon", "sgd"], decays: bool
+) -> None:
+    model = small_perceiver()
     model.set_weights([np.ones(weight.shape) for weight in model.weights])
     config = replace(CONFIG, optimizer=name, weight_decay=0.5 if decays else 0.0)
     made = optimizer(config, model, steps_per_epoch=10)
@@ -28,6 +41,26 @@ def test_weight_decay_acts_on_kernels_alone(name: Literal["adam", "adamw", "lamb
         # Without a gradient nothing but the decay moves a weight: w - learning rate * decay * w.
         expected = 0.95 if decays and variable.name == "kernel" else 1.0
         np.testing.assert_allclose(variable, np.full(variable.shape, expected), rtol=1e-6, err_msg=variable.path)
+
+
+def test_muon_is_for_the_matrices_within_the_model() -> None:
+    """Muon's step is (nearly) orthogonal, that of Adam has, at first, the learning rate in every element."""
+    model = small_perceiver()
+    made = optimizer(replace(CONFIG, optimizer="muon", weight_decay=0.0), model, steps_per_epoch=10)
+    variables, random = model.trainable_variables, np.random.default_rng(0)
+    before = [variable.numpy() for variable in variables]
+    made.apply([tf.constant(random.normal(size=v.shape), v.dtype) for v in variables], variables)
+    muons = []
+    for variable, value in zip(variables, before, strict=True):
+        step = (value - variable.numpy()) / 0.1
+        if np.allclose(np.abs(step), 1, atol=0.05):
+            continue
+        muons.append(variable)
+        singular = np.linalg.svd(step / (0.2 * np.sqrt(max(step.shape))), compute_uv=False)
+        assert 0.6 < singular.min() <= singular.max() < 1.3, variable.path
+    matrices = [v for v in variables if v.name == "kernel" and v.ndim == 2 and v is not model.logits.kernel]
+    assert [v.path for v in muons] == [v.path for v in matrices]
+    assert 0 < len(muons) < sum(v.ndim == 2 for v in variables), "latents and the classifier are matrices too"
 
 
 def test_smoothing_is_that_of_one_hot_labels() -> None:
