@@ -2,14 +2,17 @@
 
     python pipeline/run.py cifar100 --until search --search.num-trials 40 ...
     python benchmarks/search_table.py runs
+    python benchmarks/search_table.py benchmarks/data/search_trials.json.gz
 
-Reads the manifest of the newest search below the storage folder, or the trials so far of one that is not done. The
-uncertainty of a validation accuracy is one standard error of a share of so many rows; another seed of the training adds
-to it. The means by value are of the accuracy after the first epoch, which every trial has: what ASHA has stopped would
-otherwise count with an early value. TPE tries good regions more often, so a mean by value is no effect by itself.
+Reads the trials of the newest search below a storage folder, also of one that is not done, or those that `--pack` has
+written. The uncertainty of a validation accuracy is one standard error of a share of so many rows; another seed of the
+training adds to it. The means by value are of the accuracy after the first epoch, which every trial has: what ASHA has
+stopped would otherwise count with an early value. TPE tries good regions more often, so a mean by value is no effect by
+itself.
 """
 
 import argparse
+import gzip
 import json
 import math
 import statistics
@@ -25,13 +28,14 @@ from tune.space import DIMENSIONS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("storage", type=Path)
+    parser.add_argument("place", type=Path, help="storage folder, or file of packed trials")
+    parser.add_argument("--pack", type=Path, help="write the trials there, compressed, to keep them")
     parser.add_argument("--validation-rows", type=int, default=2500, help="rows on which trials were judged")
     args = parser.parse_args()
-    folders = sorted(args.storage.glob("tasks/search/*/state/trials"), key=lambda path: path.stat().st_mtime)
-    if not folders:
-        raise SystemExit(f"{args.storage} has no search")
-    trials = [json.loads(path.read_text()) for path in sorted(folders[-1].glob("trial-*.json"))]
+    trials = read(args.place)
+    if args.pack:
+        with gzip.GzipFile(args.pack, "wb", mtime=0) as file:  # the same trials give the same bytes
+            file.write(json.dumps(trials, separators=(",", ":")).encode())
     told = [
         trial | {"best": max(row["val_accuracy"] for row in trial["history"])} for trial in trials if trial["history"]
     ]
@@ -40,6 +44,17 @@ def main() -> None:
     console.print(value_table(told))
     statuses = {status: sum(trial["status"] == status for trial in trials) for status in {t["status"] for t in trials}}
     print(json.dumps({"benchmark": "search_table", "statuses": statuses, "trials": told}))
+
+
+def read(place: Path) -> list[dict[str, Any]]:
+    """The trials, in the order in which they were begun."""
+    if place.is_file():
+        with gzip.open(place) as file:
+            return json.load(file)
+    folders = sorted(place.glob("tasks/search/*/state/trials"), key=lambda path: path.stat().st_mtime)
+    if not folders:
+        raise SystemExit(f"{place} has no search")
+    return [json.loads(path.read_text()) for path in sorted(folders[-1].glob("trial-*.json"))]
 
 
 def trial_table(trials: list[dict[str, Any]], rows: int) -> Table:

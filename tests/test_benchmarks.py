@@ -136,3 +136,14 @@ def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
     assert lines[:2] == first["runs"], "what was done is not done again"
     assert {(run["variant"], run["seed"]) for run in lines[2:]} == {("as it is", 1), ("pixels", 1)}
     assert len(again["runs"]) == 4
+
+
+def test_search_table(tmp_path: Path) -> None:
+    trials, packed = str(ROOT / "benchmarks/data/search_trials.json.gz"), tmp_path / "again.json.gz"
+    table, result = benchmark("search_table", trials, "--pack", str(packed))
+    assert result["statuses"] == {"finished": 18, "stopped early": 22}
+    best = max(result["trials"], key=lambda trial: trial["best"])
+    assert best["name"] in table
+    assert f"{best['best']:.2%}" in table
+    _, again = benchmark("search_table", str(packed))
+    assert again == result

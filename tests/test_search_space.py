@@ -257,4 +257,6 @@ def test_figures_of_a_search(tmp_path: Path) -> None:
     assert importance["num_latents"] > 0.9
     front = pareto_front(trials[:-1])
     assert [t.values["num_latents"] for t in front] == [8, 16, 32]
+    front[0].status = "stopped early"
+    assert front[0] not in pareto_front(trials[:-1])
     assert draw([trials[-1]], space, settings, tmp_path) == []

@@ -19,6 +19,7 @@ from tune.trials import Trial
 PAGE_FILE = "search.html"
 COLOURS = {"finished": "#1f77b4", "stopped early": "#aaaaaa", "failed": "#d62728", "running": "#2ca02c"}
 SIZE = (9, 5)  # inches
+IMPORTANCE_TITLE = "Importance of each hyperparameter (fANOVA; stopped trials with the value that they had come to)"
 
 
 def draw(trials: Sequence[Trial], space: Space, settings: SearchConfig, folder: Path) -> list[Path]:
@@ -80,9 +81,13 @@ def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials that no other beats in accuracy at the same cost or less, by ascending GFLOPs."""
+    """The trials that no other beats in accuracy at the same cost or less, by ascending GFLOPs.
+
+    Only of those that came to their end, if any did: what a stopped one would have reached is not known.
+    """
     front: list[Trial] = []
-    for trial in sorted(trials, key=lambda trial: (trial.gflops, -_value(trial))):
+    comparable = [trial for trial in trials if trial.status == "finished"] or trials
+    for trial in sorted(comparable, key=lambda trial: (trial.gflops, -_value(trial))):
         if not front or _value(trial) > _value(front[-1]):
             front.append(trial)
     return front
@@ -167,17 +172,9 @@ def _over_time(trials: Sequence[Trial]) -> tuple[list[float], list[float], list[
 
 def _best_page(trials: Sequence[Trial]) -> go.Figure:
     minutes, values, best, ended = _over_time(trials)
-    marks = go.Scatter(
-        x=minutes,
-        y=values,
-        mode="markers",
-        name="trial",
-        text=[_text(trial) for trial in ended],
-        marker={"color": [COLOURS[trial.status] for trial in ended]},
-    )
     line = go.Scatter(x=minutes, y=best, mode="lines", line={"shape": "hv"}, name="best so far")
     titles = {"xaxis_title": "minutes", "yaxis_title": "val_accuracy"}
-    return go.Figure([line, marks], {"title": "Best value over time", **titles})
+    return go.Figure([line, *_dots(minutes, values, ended)], {"title": "Best value over time", **titles})
 
 
 def _best_picture(trials: Sequence[Trial]) -> matplotlib.figure.Figure:
@@ -193,18 +190,11 @@ def _best_picture(trials: Sequence[Trial]) -> matplotlib.figure.Figure:
 
 def _front_page(trials: Sequence[Trial], settings: SearchConfig) -> go.Figure:
     front = pareto_front(trials)
-    marks = go.Scatter(
-        x=[trial.gflops for trial in trials],
-        y=[_value(trial) for trial in trials],
-        mode="markers",
-        name="trial",
-        text=[_text(trial) for trial in trials],
-        marker={"color": [COLOURS[trial.status] for trial in trials]},
-    )
+    dots = _dots([trial.gflops for trial in trials], [_value(trial) for trial in trials], trials)
     x, y = [trial.gflops for trial in front], [_value(trial) for trial in front]
     line = go.Scatter(x=x, y=y, mode="lines+markers", line={"shape": "hv"}, name="Pareto front")
-    figure = go.Figure([marks, line], {"title": "Accuracy against cost"})
-    figure.update_xaxes(type="log", title="GFLOPs an image, forward")
+    figure = go.Figure([*dots, line], {"title": "Accuracy against cost"})
+    figure.update_xaxes(type="log", title="GFLOPs an image, forward", minorloglabels="complete")
     figure.update_yaxes(title="val_accuracy")
     if settings.cost_limit_gflops is not None:
         figure.add_vline(settings.cost_limit_gflops, line_dash="dash", annotation_text="limit")
@@ -229,15 +219,27 @@ def _front_picture(trials: Sequence[Trial], settings: SearchConfig) -> matplotli
 def _importance_page(importance: dict[str, float]) -> go.Figure:
     names = list(reversed(importance))
     bars = go.Bar(x=[importance[name] for name in names], y=names, orientation="h")
-    return go.Figure(bars, {"title": "Importance of each hyperparameter (fANOVA)", "xaxis_title": "share of variance"})
+    return go.Figure(bars, {"title": IMPORTANCE_TITLE, "xaxis_title": "share of variance"})
 
 
 def _importance_picture(importance: dict[str, float]) -> matplotlib.figure.Figure:
     picture = matplotlib.figure.Figure(figsize=SIZE, layout="constrained")
     axes, names = picture.subplots(), list(reversed(importance))
     axes.barh(names, [importance[name] for name in names])
-    axes.set(title="Importance of each hyperparameter (fANOVA)", xlabel="share of variance")
+    axes.set(title=IMPORTANCE_TITLE, xlabel="share of variance")
     return picture
+
+
+def _dots(x: Sequence[float], y: Sequence[float], trials: Sequence[Trial]) -> list[go.Scatter]:
+    """As `_marks`, for a page."""
+    dots = []
+    for status, colour in COLOURS.items():
+        chosen = [i for i, trial in enumerate(trials) if trial.status == status]
+        texts = [_text(trials[i]) for i in chosen]
+        places = {"x": [x[i] for i in chosen], "y": [y[i] for i in chosen]}
+        if chosen:
+            dots.append(go.Scatter(**places, mode="markers", name=status, text=texts, marker={"color": colour}))
+    return dots
 
 
 def _marks(axes: matplotlib.axes.Axes, x: Sequence[float], y: Sequence[float], trials: Sequence[Trial]) -> None:
