@@ -1,38 +1,60 @@
-"""Joins the Ray cluster that is there, or starts one on this machine, after making sure that the work fits into it."""
+"""Joins the Ray cluster that is there, or starts one on this machine, after making sure that the work fits into it.
+
+On a cluster of several nodes it also makes sure that all of them see the same storage.
+"""
 
 import math
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import PipelineConfig
+from pipeline.storage import Storage
 from tune.resources import concurrent_trials
 
 ANSWER_SECONDS = 2.0
+# `ray up` returns when the head is up: the workers follow.
+JOIN_SECONDS = 90.0
+# For a process on every node, which reads one file.
+STORAGE_SECONDS = 60.0
 
 
-def connect(config: PipelineConfig) -> None:
+def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None] = lambda text: None) -> bool:
     """Connects this process to Ray.
 
+    Args:
+        say: is told what one waits for.
+
+    Returns:
+        Whether to a cluster that goes on without this process.
+
     Raises:
-        ValueError: if the workers or the trials of `config` can never fit, or if nothing answers at `$RAY_ADDRESS`;
-            names the numbers and the remedy.
+        ValueError: if the workers or the trials of `config` can never fit, if nothing answers at `$RAY_ADDRESS`, or if
+            a node does not see `storage`; names the numbers or the node, and the remedy.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if address_to_join() is None:
         check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
-    join_or_start()
-    check_resources(config, ray.cluster_resources(), "the cluster")
+    joined = join_or_start()
+    if joined:
+        _wait_for_nodes(config, say)
+        check_storage(storage)
+    else:
+        check_resources(config, ray.cluster_resources(), "the cluster")
+    return joined
 
 
-def join_or_start() -> None:
-    """Joins the Ray cluster that is there, or starts one on this machine.
+def join_or_start() -> bool:
+    """Joins the Ray cluster that is there, or starts one on this machine; returns whether it has joined one.
 
     Raises:
         ValueError: if nothing answers at `$RAY_ADDRESS`.
@@ -44,6 +66,7 @@ def join_or_start() -> None:
         cpus = len(os.sched_getaffinity(0))
         # Not left to Ray: asked for any address, it would join whatever cluster another program runs on this machine.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    return address is not None
 
 
 def address_to_join() -> str | None:
@@ -65,6 +88,68 @@ def _answers(address: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _wait_for_nodes(config: PipelineConfig, say: Callable[[str], None]) -> None:
+    """Waits until the cluster has room for `config`; as `check_resources`, if it has none after `JOIN_SECONDS`."""
+    deadline, told = time.monotonic() + JOIN_SECONDS, False
+    while True:
+        try:
+            return check_resources(config, ray.cluster_resources(), "the cluster")
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+        if not told:
+            say(f"the cluster is too small yet: waiting up to {JOIN_SECONDS:g} s for more nodes")
+            told = True
+        time.sleep(1)
+
+
+def check_storage(storage: Storage) -> None:
+    """Lets every node of the cluster read what this process has just written.
+
+    Raises:
+        ValueError: if one cannot; names it. A node that does not answer in time is passed over, as one that leaves may.
+    """
+    probe, word = f"probe-{uuid.uuid4().hex}", uuid.uuid4().hex
+    storage.write_bytes(probe, word.encode())
+    try:
+        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        on = {
+            _why_unseen.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                storage, probe, word
+            ): address
+            for node, address in nodes.items()
+        }
+        answered, _ = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS)
+        for answer in answered:
+            try:
+                why = ray.get(answer)
+            except ray.exceptions.RayError as error:
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise
+                continue  # the node has gone meanwhile
+            if why:
+                raise ValueError(f"storage = {storage.uri!r}: node {on[answer]} {why}")
+    finally:
+        storage.delete(probe)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _why_unseen(storage: Storage, probe: str, word: str) -> str | None:
+    """Why this node does not read `word` in the file `probe`; None if it does."""
+    try:
+        if storage.read_bytes(probe).decode() == word:
+            return None
+    except FileNotFoundError:
+        if storage.is_local:
+            return (
+                "sees another folder under this path than the driver: mount the same folder on all nodes, or give an "
+                "object store"
+            )
+    except OSError as error:
+        return f"cannot read there: {error}"
+    return "does not see what the driver writes there: give all nodes the same store"
 
 
 def check_resources(config: PipelineConfig, available: Mapping[str, float | None], where: str) -> None:

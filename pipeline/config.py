@@ -225,7 +225,7 @@ class TrackingConfig:
     """Where MLflow records runs and models."""
 
     uri: str | None = None
-    """MLflow tracking URI; None: an SQLite file inside the storage folder."""
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else an SQLite file inside the storage folder."""
     experiment: str = "perceiver"
     """MLflow experiment of the runs."""
     model_name: str = "perceiver"
@@ -258,7 +258,7 @@ class PipelineConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
     storage: str = "./runs"
-    """Folder, or URI that pyarrow.fs takes, for all that a run makes."""
+    """Folder, or URI that pyarrow.fs takes, for all that a run makes; default: $PERCEIVER_STORAGE, else ./runs."""
 
     def __post_init__(self) -> None:
         source = SOURCES[self.data.source]
@@ -423,7 +423,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     if preset not in PRESETS:
         raise ValueError(f"preset = {preset!r} does not exist: give one of {', '.join(PRESETS)}")
     given = {arg.split("=", 1)[0].lstrip("-").replace("-", "_"): arg for arg in args if arg.startswith("--")}
-    default = PRESETS[preset]()
+    default = _with_environment(PRESETS[preset](), args)
     # The shape of the images decides which models are valid, so the source is settled before anything is validated.
     source = _value_of("data.source", args)
     if source is not None and source in SOURCES:
@@ -468,6 +468,13 @@ def flatten(config: PipelineConfig) -> dict[str, Any]:
             {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
         )
     return flat
+
+
+def _with_environment(config: PipelineConfig, args: Sequence[str]) -> PipelineConfig:
+    """`config` with the places that options or, where they do not, the environment of a cluster gives."""
+    uri = _value_of("tracking.uri", args) or os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
+    storage = _value_of("storage", args) or os.environ.get("PERCEIVER_STORAGE") or config.storage
+    return replace(config, storage=storage, tracking=replace(config.tracking, uri=uri))
 
 
 def _with_absolute_paths(config: PipelineConfig) -> PipelineConfig:

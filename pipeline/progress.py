@@ -31,6 +31,7 @@ class Progress:
         self._trials = TrialTable(config.search.num_trials, config.search.epochs)
         self._steps: _Steps | None = None
         self._last_plain = self._start
+        self._terminal_is_gone = False
 
     def __enter__(self) -> "Progress":
         self._status.start()
@@ -39,7 +40,12 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._status.stop()
 
+    def hang_up(self) -> None:
+        """Notes that standard output is a log from now on; may be called in a signal handler."""
+        self._terminal_is_gone = True
+
     def say(self, text: str) -> None:
+        self._follow_terminal()
         self.console.print(f"[dim]{time.monotonic() - self._start:7.1f} s[/dim]  {text}", highlight=False)
 
     def cached(self, names: Iterable[str]) -> None:
@@ -55,6 +61,7 @@ class Progress:
 
     def event(self, event: dict[str, Any]) -> None:
         """The metrics of an epoch, how the epoch gets on, or what became of a trial."""
+        self._follow_terminal()
         if event["task"] == "search":
             self._show_trial(event)
             return
@@ -68,6 +75,13 @@ class Progress:
             f"val_loss {metrics['val_loss']:.4f}, val_accuracy {metrics['val_accuracy']:.4f}, "
             f"{metrics['images_per_second']:.0f} images/s"
         )
+
+    def _follow_terminal(self) -> None:
+        """Ends the live line when there is no terminal any more."""
+        if self._terminal_is_gone:
+            self._terminal_is_gone = False
+            self._status.stop()
+            self.console = Console(file=self.console.file, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
 
     def _show_trial(self, event: Mapping[str, Any]) -> None:
         """The table of all trials on a terminal, and a line for the log."""

@@ -4,6 +4,7 @@ Paths are relative to the storage root, with forward slashes. A store is known b
 opened again in another process.
 """
 
+import contextlib
 import json
 import os
 import uuid
@@ -97,10 +98,12 @@ class Storage:
     def delete(self, path: str) -> None:
         """Removes a file or a tree; one that is not there is no error."""
         info = self.filesystem.get_file_info(self.fs_path(path))
-        if info.type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(info.path)
-        elif info.type == pafs.FileType.File:
-            self.filesystem.delete_file(info.path)
+        # Another process may be quicker; and some object stores list a folder after its last object is gone.
+        with contextlib.suppress(FileNotFoundError):
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(info.path)
+            elif info.type == pafs.FileType.File:
+                self.filesystem.delete_file(info.path)
 
     def upload(self, local: str | Path, path: str) -> None:
         """Copies a local file or tree to `path`."""

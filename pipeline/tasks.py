@@ -251,6 +251,7 @@ TASKS = (
         ),
         search,
         _trials,
+        keeps_state=True,
     ),
     Task(
         "train",
@@ -259,6 +260,7 @@ TASKS = (
         lambda config: {"model": keyed(config.model), "train": keyed(config.train)},
         train,
         _workers,
+        keeps_state=True,
         stoppable=True,
     ),
     Task(

@@ -95,6 +95,8 @@ def train(
             num_workers=config.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
             use_gpu=config.use_gpu,
+            # Over the hosts, whose cores and memory they would share; GPUs of one host reach one another faster.
+            placement_strategy="PACK" if config.use_gpu else "SPREAD",
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(

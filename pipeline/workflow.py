@@ -1,8 +1,12 @@
 """Durable tasks on Ray: a task whose manifest is in storage is done, for ever and for every driver.
 
-    tasks/<name>/<key>/manifest.json   putting it is the commit; an object store has no rename
-    tasks/<name>/<key>/attempt-<id>/   what an attempt wrote; the manifest names the attempt that counts
-    tasks/<name>/<key>/state/          what outlives an attempt that was cut off: checkpoints, the state of a search
+    tasks/<name>/<key>/manifest.json         putting it is the commit; an object store has no rename
+    tasks/<name>/<key>/attempt-<run>-<id>/   what an attempt wrote; the manifest names the attempt that counts
+    tasks/<name>/<key>/state/                what outlives an attempt that was cut off: checkpoints, a search's state
+    runs/<key>.json                          names the run in other systems
+    drivers/<key>/                           who works at the run, or at a task with a state; see `pipeline.lease`
+
+Only the driver commits, so that an attempt which outlives its driver comes to nothing, however it ends.
 
 A key is the SHA-256 of the task's name, its code version, the settings that decide its output and the keys of its
 inputs, so all keys are known before anything runs.
@@ -82,6 +86,7 @@ class Task:
         section: the settings that decide the output, JSON-able.
         run: does the work and returns the output, small and JSON-able: paths and digests, never arrays.
         resources: what it takes of the cluster, in words.
+        keeps_state: whether an attempt goes on from what others have left, so that there must be one at a time.
         stoppable: whether it ends with `StoppedEarly` soon after a stop request; others are simply left.
         is_current: whether an output that is in storage is still what this configuration asks for.
     """
@@ -92,6 +97,7 @@ class Task:
     section: Callable[[PipelineConfig], dict[str, Any]]
     run: Callable[[Context], dict[str, Any]]
     resources: Callable[[PipelineConfig], str]
+    keeps_state: bool = False
     stoppable: bool = False
     is_current: Callable[[PipelineConfig, dict[str, Any]], bool] = lambda config, output: True
 
@@ -188,8 +194,12 @@ def run_tasks(
     identity: str,
     stop: StopOnSignal,
     observers: Sequence[Observer],
+    fence: Callable[[], None] = lambda: None,
 ) -> dict[str, Manifest]:
     """Runs what is not done of `tasks`, each as soon as its inputs are there; Ray must be up.
+
+    Args:
+        fence: raises before a commit if this driver may not work at the run any more.
 
     Returns:
         The manifests of all tasks by name.
@@ -226,13 +236,15 @@ def run_tasks(
         for reference in ended:
             task = running.pop(reference)
             try:
-                manifests[task.name] = ray.get(reference)
+                manifest = ray.get(reference)
             except ray.exceptions.RayError as error:
                 cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 if not isinstance(cause, StoppedEarly):
                     failure = failure or TaskFailed(task.name, cause)
                     failure.__cause__ = error
                 continue
+            fence()
+            manifests[task.name] = _commit(task, manifest, config, storage, identity)
             for observer in observers:
                 observer.done(task.name, manifests[task.name])
     if failure is not None:
@@ -254,7 +266,7 @@ def _execute(
     """One attempt, on whichever node has room: it holds no CPU itself, what it starts does."""
     key = keys[task.name]
     home = f"tasks/{task.name}/{key}"
-    attempt = f"attempt-{uuid.uuid4().hex[:12]}"
+    attempt = f"{_attempts_of(identity)}{uuid.uuid4().hex[:12]}"
     start = time.time()
     output = task.run(
         Context(
@@ -268,7 +280,7 @@ def _execute(
             board=board,
         )
     )
-    manifest = {
+    return {
         "task": task.name,
         "version": task.version,
         "key": key,
@@ -279,15 +291,36 @@ def _execute(
         "seconds": round(time.time() - start, 3),
         "output": output,
     }
-    storage.write_json(_manifest_path(task.name, key), manifest)
+
+
+def _commit(task: Task, manifest: Manifest, config: PipelineConfig, storage: Storage, identity: str) -> Manifest:
+    """Makes the attempt of `manifest` count, removes this run's other ones; returns the manifest that counts.
+
+    That is another one where another run, which has this task in common, has been quicker. Its attempts are left alone.
+    """
+    home, path = f"tasks/{task.name}/{manifest['key']}", _manifest_path(task.name, manifest["key"])
+    quicker = storage.read_json(path) if storage.exists(path) else None
+    if quicker is not None and task.is_current(config, quicker["output"]):
+        manifest = quicker
+    else:
+        storage.write_json(path, manifest)
     for name in storage.list(home):
-        if name.startswith("attempt-") and name != attempt:
+        if name.startswith(_attempts_of(identity)) and name != manifest["attempt"]:
             storage.delete(f"{home}/{name}")
     return manifest
 
 
+def _attempts_of(identity: str) -> str:
+    return f"attempt-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-"
+
+
+def run_key(tasks: Sequence[Task], config: PipelineConfig) -> str:
+    """Key of the run of `tasks`, all of the pipeline's: that of the last one, which all settings decide."""
+    return task_keys(tasks, config)[tasks[-1].name]
+
+
 def _identity_path(tasks: Sequence[Task], config: PipelineConfig) -> str:
-    return f"runs/{task_keys(tasks, config)[tasks[-1].name]}.json"
+    return f"runs/{run_key(tasks, config)}.json"
 
 
 def _manifest_path(name: str, key: str) -> str:

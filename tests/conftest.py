@@ -25,8 +25,10 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     TF_CPP_MIN_LOG_LEVEL="2",
 )
-for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
-    os.environ.pop(name, None)  # a test must not write to the user's server or start work in the user's cluster
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+    os.environ.pop(name, None)  # a test must not write to the user's server
+for name in ("PERCEIVER_STORAGE", "RAY_ADDRESS"):
+    os.environ.pop(name, None)  # nor to the user's storage, nor start work in the user's cluster
 
 CIFAR100_SHA256 = "0e3f37122b9147361d823b7b16f3a4015b4371d0fd7630f6e8019ff716bf3b1d"
 

@@ -12,14 +12,31 @@ import pytest
 
 from pipeline.cluster import address_to_join, check_resources, connect
 from pipeline.config import PipelineConfig, quickstart
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 # Prints which cluster `connect` has joined.
 CONNECT = """if True:
+    import sys
+    from dataclasses import replace
     import ray
+    from pipeline import cluster
     from pipeline.cluster import connect
     from pipeline.config import quickstart
-    connect(quickstart())
+    from pipeline.storage import Storage
+    joined = connect(quickstart(), Storage(sys.argv[1]))
+    assert joined == ("foreign" in ray.cluster_resources())
+    if joined:
+        cluster.JOIN_SECONDS, said = 1.5, []
+        greedy = replace(quickstart(), train=replace(quickstart().train, num_workers=8))
+        ray.shutdown()
+        try:
+            connect(greedy, Storage(sys.argv[1]), said.append)
+        except ValueError as error:
+            assert "take 8 CPUs, but the cluster has 4" in str(error), error
+            assert len(said) == 1 and "waiting up to 1.5 s for more nodes" in said[0], said
+        else:
+            raise AssertionError("8 CPUs of 4")
     print("foreign" if "foreign" in ray.cluster_resources() else "own")
 """
 FOREIGN = """if True:
@@ -76,11 +93,11 @@ def test_the_remedy_fits(cpus: float) -> None:
         assert 0 <= cpus / workers - remedy < 0.001
 
 
-def test_a_cluster_is_joined_only_if_ray_start_left_it(ray_folder: Path) -> None:
+def test_a_cluster_is_joined_only_if_ray_start_left_it(ray_folder: Path, tmp_path: Path) -> None:
     environment = os.environ | {"RAY_TMPDIR": str(ray_folder), "RAY_AUTH_MODE": "disabled"}
 
     def connected() -> str:
-        command = [sys.executable, "-c", CONNECT]
+        command = [sys.executable, "-c", CONNECT, str(tmp_path)]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr
         return result.stdout.split()[-1]
@@ -108,7 +125,7 @@ def test_what_a_killed_cluster_left_is_passed_over(tmp_path: Path, monkeypatch: 
     assert address_to_join() is None
 
 
-def test_an_address_at_which_nothing_answers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_at_which_nothing_answers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ValueError, match=r"RAY_ADDRESS = 127\.0\.0\.1:9: no cluster answers: start it, or unset"):
-        connect(quickstart())
+        connect(quickstart(), Storage(str(tmp_path)))

@@ -119,6 +119,20 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert config_of("--tracking.uri", "http://localhost:5000").artifact_location is None
 
 
+def test_a_cluster_sets_where_runs_and_records_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PERCEIVER_STORAGE", "s3://bucket/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    config = config_of("quickstart")
+    assert (config.storage, config.tracking_uri) == ("s3://bucket/runs", "http://server:5000")
+    config = config_of("--storage", str(tmp_path), "--tracking.uri=sqlite:////tmp/m.db")
+    assert (config.storage, config.tracking_uri) == (str(tmp_path), "sqlite:////tmp/m.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert config_of("--storage", str(tmp_path)).tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert config_of("--tracking.uri", "http://other:5000").tracking_uri == "http://other:5000"
+    with pytest.raises(ValueError, match="no local folder, so the runs need a server"):
+        config_of()
+
+
 def test_the_source_is_settled_before_anything_is_validated(capsys: pytest.CaptureFixture[str]) -> None:
     patches = ["--model.stem", "patches", "--model.patch-size"]
     assert config_of("quickstart", "--data.source=cifar100", *patches, "16").model.grid == (2, 2)

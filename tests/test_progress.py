@@ -45,6 +45,22 @@ def test_a_log_gets_plain_lines_and_none_for_each_step() -> None:
     ]
 
 
+def test_a_terminal_that_hangs_up_is_a_log_from_then_on() -> None:
+    out = io.StringIO()
+    shown = Progress(quickstart(), Console(file=out, force_terminal=True, width=80))
+    with shown:
+        shown.event(step(1, 1))
+        shown.hang_up()
+        shown.event(step(1, 2))
+        before = len(out.getvalue())
+        shown.event(EPOCH)
+        shown.done("train", {"seconds": 12.34})
+    after = out.getvalue()[before:]
+    assert "\x1b" in out.getvalue()[:before]
+    assert "\x1b" not in after
+    assert [line.split()[3] for line in after.splitlines()] == ["epoch", "done"]
+
+
 def test_a_log_gets_a_line_now_and_then_in_a_long_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.05)
     shown, out = plain()

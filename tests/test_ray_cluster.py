@@ -1,6 +1,7 @@
-"""ray_cluster.yaml is what Ray takes: its schema, its fill-in, and what neither of them checks."""
+"""The cluster files are what Ray and KubeRay take: their schemas, Ray's fill-in, and what neither of them checks."""
 
 import copy
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -23,12 +24,21 @@ COMMANDS = (
 )
 
 
-@pytest.fixture
-def cluster() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+FILES = ("ray_cluster.yaml", "clusters/aws.yaml")
+MANIFESTS = ("clusters/kuberay-raycluster.yaml", "clusters/kuberay-rayjob.yaml")
 
 
-def test_ray_accepts_the_file_and_starts_every_worker(cluster: dict[str, Any]) -> None:
+@pytest.fixture(params=FILES)
+def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return read(request.param)
+
+
+def read(file: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / file).read_text())
+
+
+def test_ray_accepts_the_file_and_starts_every_worker() -> None:
+    cluster = read("ray_cluster.yaml")
     workers = len(cluster["provider"]["worker_ips"])
     filled_in = prepare_config(copy.deepcopy(cluster))
     validate_config(filled_in)
@@ -36,7 +46,18 @@ def test_ray_accepts_the_file_and_starts_every_worker(cluster: dict[str, Any]) -
     assert (node_type["min_workers"], node_type["max_workers"]) == (workers, workers)
 
 
-def test_rays_schema_refuses_a_command_that_is_no_string(cluster: dict[str, Any]) -> None:
+def test_ray_accepts_the_file_for_aws() -> None:
+    cluster = read("clusters/aws.yaml")
+    filled_in = prepare_config(copy.deepcopy(cluster))
+    validate_config(filled_in)
+    assert filled_in["available_node_types"].keys() == {"head", "gpu"}
+    market = filled_in["available_node_types"]["gpu"]["node_config"]["InstanceMarketOptions"]
+    assert market == {"MarketType": "spot"}
+    assert filled_in["head_setup_commands"][-1:] == cluster["head_setup_commands"], "Ray's own would be appended"
+
+
+def test_rays_schema_refuses_a_command_that_is_no_string() -> None:
+    cluster = read("ray_cluster.yaml")
     cluster["setup_commands"].append({"echo a": "b"})  # what YAML makes of an unquoted `echo a: b`
     with pytest.raises(jsonschema.ValidationError, match="is not of type 'string'"):
         validate_config(prepare_config(cluster))
@@ -53,6 +74,7 @@ def test_commands_are_strings(cluster: dict[str, Any]) -> None:
 def test_file_mounts_are_what_an_installation_needs(cluster: dict[str, Any]) -> None:
     mounts = dict(cluster["file_mounts"])
     assert mounts.pop(TOKEN) == TOKEN
+    assert mounts.pop("~/keras-perceiver-ray/uv.txt") == "clusters/uv.txt"
     for remote, local in mounts.items():
         assert (ROOT / local).exists(), f"{local} is not in the repository"
         assert remote == f"~/keras-perceiver-ray/{local}"
@@ -74,8 +96,86 @@ def test_only_the_loopback_serves_the_dashboard(cluster: dict[str, Any]) -> None
     assert "--dashboard-host=127.0.0.1" in start
 
 
-def test_no_secret_and_no_real_address_in_the_file() -> None:
-    text = (ROOT / "ray_cluster.yaml").read_text()
-    assert not re.search(r"RAY_AUTH_TOKEN|PRIVATE KEY|[0-9a-fA-F]{32}|[0-9a-f]{8}-[0-9a-f]{4}-", text)
+def test_runs_and_records_are_kept_where_they_outlive_the_head(cluster: dict[str, Any]) -> None:
+    commands = "\n".join(cluster["setup_commands"])
+    (storage,) = re.findall(r"export PERCEIVER_STORAGE=(\S+?)'", commands)
+    (tracking,) = re.findall(r"export MLFLOW_TRACKING_URI=(\S+?)'", commands)
+    assert storage.startswith(("/mnt/", "s3://"))
+    assert tracking.startswith(("sqlite:////mnt/", "http://"))
+
+
+@pytest.mark.parametrize("file", [*FILES, *MANIFESTS])
+def test_no_secret_and_no_real_address_in_the_file(file: str) -> None:
+    text = (ROOT / file).read_text()
+    assert not re.search(r"RAY_AUTH_TOKEN=\w|PRIVATE KEY|[0-9a-fA-F]{32}|[0-9a-f]{8}-[0-9a-f]{4}-", text)
     addresses = re.findall(r"\b\d+\.\d+\.\d+\.\d+\b", text)
-    assert all(address.startswith("192.0.2.") or address == "127.0.0.1" for address in addresses), addresses
+    assert all(address.startswith("192.0.2.") or address in ("127.0.0.1", "0.0.0.0") for address in addresses), (
+        addresses
+    )
+
+
+def strictly(schema: Any) -> Any:
+    """`schema` with what `kubectl` adds: a field that is not in it is an error."""
+    if isinstance(schema, list):
+        return [strictly(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {name: strictly(part) for name, part in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict.setdefault("additionalProperties", False)
+    return strict
+
+
+@pytest.fixture(scope="module")
+def kuberay() -> dict[str, jsonschema.Draft202012Validator]:
+    """A validator of each kind of KubeRay's."""
+    schemas = strictly(json.loads((ROOT / "tests/schemas/kuberay-v1.7.0.json").read_text()))
+    validators = {}
+    for kind, schema in schemas["kinds"].items():
+        schema["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own
+        validators[kind] = jsonschema.Draft202012Validator(schema | {"$defs": schemas["$defs"]})
+    return validators
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_kuberay_accepts_the_manifest(file: str, kuberay: dict[str, jsonschema.Draft202012Validator]) -> None:
+    manifest = read(file)
+    assert manifest["apiVersion"] == "ray.io/v1"
+    kuberay[manifest["kind"]].validate(manifest)
+    cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+    assert cluster["authOptions"] == {"mode": "token"}
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    for container in containers:
+        assert {"PERCEIVER_STORAGE", "MLFLOW_TRACKING_URI"} <= {variable["name"] for variable in container["env"]}
+    assert len({container["image"] for container in containers}) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("headGroupSpec", "template", "spec", "contianers"), []),
+        (("headGroupSpec", "rayStartParams", "num-cpus"), 0),
+        (("workerGroupSpecs", 0, "maxReplicas"), "4"),
+        (("authOptions", "mode"), "password"),
+        (("image",), "registry.example.org/x"),
+    ],
+)
+def test_kuberays_schema_refuses_what_is_wrong(
+    path: tuple[str | int, ...], value: Any, kuberay: dict[str, jsonschema.Draft202012Validator]
+) -> None:
+    manifest: Any = read(MANIFESTS[0])
+    *parents, last = path
+    place = manifest["spec"]
+    for part in parents:
+        place = place[part]
+    place[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        kuberay["RayCluster"].validate(manifest)
+
+
+def test_the_versions_are_those_of_the_lock() -> None:
+    (locked,) = re.findall(r"^ray\[\S+\]==(\S+)|^ray==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    for file in MANIFESTS:
+        spec = read(file)["spec"]
+        assert spec.get("rayClusterSpec", spec)["rayVersion"] in locked

@@ -16,6 +16,7 @@ import ray
 
 from pipeline.board import Board
 from pipeline.config import PipelineConfig, quickstart
+from pipeline.lease import LeaseLost
 from pipeline.storage import Storage
 from pipeline.tasks import TASKS
 from pipeline.workflow import (
@@ -237,6 +238,45 @@ def test_another_driver_goes_on_after_one_was_killed(shop: Workshop) -> None:
     (shop.folder / "go on").touch()
     subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=True, timeout=PATIENCE)
     assert shop.executions("a", "b", "c") == [1, 2, 1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_an_orphan_leaves_counts_for_nothing_and_harms_nobody(shop: Workshop) -> None:
+    task = shop.task("a", work=lambda context: context.storage.write_bytes(f"{context.out}/part", b""))
+    home = f"tasks/a/{task_keys([task], CONFIG)['a']}"
+    orphan = run_tasks([task], CONFIG, shop.storage, "identity", StopOnSignal(), [])["a"]["attempt"]
+    shop.storage.delete(f"{home}/manifest.json")  # its driver was killed before the commit
+    shop.storage.write_bytes(f"{home}/attempt-00000000-1/part", b"")  # of another run, which may go on
+    manifest = shop.run([task])["a"]
+    assert manifest["attempt"] != orphan
+    assert shop.storage.list(home) == sorted(["attempt-00000000-1", manifest["attempt"], "manifest.json"])
+    assert shop.storage.list(f"{home}/{manifest['attempt']}") == ["part"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_of_two_runs_with_a_task_in_common_the_quicker_one_commits(shop: Workshop) -> None:
+    ours, theirs = shop.task("a", work=lambda context: "ours"), shop.task("a", work=lambda context: "theirs")
+
+    def meanwhile() -> None:
+        theirs_done.update(run_tasks([theirs], CONFIG, shop.storage, "their run", StopOnSignal(), []))
+
+    theirs_done: dict[str, Manifest] = {}
+    ours_done = run_tasks([ours], CONFIG, shop.storage, "our run", StopOnSignal(), [], meanwhile)
+    assert ours_done == theirs_done == done([ours], CONFIG, shop.storage)
+    assert ours_done["a"]["output"]["result"] == "theirs"
+    assert shop.storage.list(f"tasks/a/{ours_done['a']['key']}") == ["manifest.json"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_driver_that_has_lost_the_run_commits_nothing(shop: Workshop) -> None:
+    def fence() -> None:
+        raise LeaseLost("gone")
+
+    tasks = chain(shop)
+    with pytest.raises(LeaseLost):
+        run_tasks(tasks, CONFIG, shop.storage, "identity", StopOnSignal(), [shop], fence)
+    assert done(tasks, CONFIG, shop.storage) == {}
+    assert shop.observed == [("started", "a")]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on loopback that can be killed and brought back on the same port."""
+"""A real `mlflow server` on this machine that can be killed and brought back on the same port."""
 
 import os
 import signal
@@ -15,17 +15,19 @@ class TrackingServer:
 
     Args:
         store: URI of the backend store; an SQLite file below `folder` if not given.
+        address: to listen at.
     """
 
-    def __init__(self, folder: Path, store: str | None = None) -> None:
+    def __init__(self, folder: Path, store: str | None = None, address: str = "127.0.0.1") -> None:
         self.folder, self.store = folder, store or f"sqlite:///{folder}/server.db"
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.address, self.port = address, free_port()
+        self.uri = f"http://{address}:{self.port}"
         self.start()
 
     def start(self) -> None:
         """Returns when it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--host", self.address, "--port", str(self.port)]
+        command += ["--allowed-hosts", f"{self.address}:{self.port}"]
         command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", f"{self.folder}/files"]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
@@ -35,7 +37,8 @@ class TrackingServer:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
-        wait_until_healthy(f"{self.uri}/health", self.process, log)
+        # The first request of the store takes longest.
+        wait_until_healthy(f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1", self.process, log)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to the server and its workers."""

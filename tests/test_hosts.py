@@ -1,0 +1,322 @@
+"""`ray up`, `ray submit` and `ray down` with the repository's ray_cluster.yaml on three hosts of this machine's making.
+
+The tests are one story and run in their order, on one cluster. Where hosts cannot be made they are skipped, or fail if
+PERCEIVER_REQUIRE_HOSTS is set.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sqlite3
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).with_name("hosts")))
+
+from hosts import OUTSIDE, ROOT, CannotMakeHosts, Host, Hosts, install_what_is_missing, wait_until
+from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+from tracking_server import TrackingServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SHARED = "/mnt/keras-perceiver-ray"
+# The whole pipeline, but little of it.
+SMALL = ("quickstart", "--search.num-trials", "0", "--train.warmup-epochs", "1", "--evaluation.corruption-rows", "0")
+KEYS = f"'aws_access_key_id = {ACCESS_KEY}' 'aws_secret_access_key = {SECRET_KEY}'"
+WORKER = r"^ray::.*RayTrainWorker"
+DRIVER = r"^python \S*run\.py"
+CTRL_C = b"\x03"
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """A head and two workers with the cluster up."""
+    try:
+        install_what_is_missing()
+    except CannotMakeHosts as error:
+        if os.environ.get("PERCEIVER_REQUIRE_HOSTS"):
+            raise
+        pytest.skip(str(error))
+    with (
+        tempfile.TemporaryDirectory(prefix="hosts-", ignore_cleanup_errors=True) as folder,
+        Hosts(Path(folder), num_workers=2) as made,
+    ):
+        made.ray("up", "--yes", str(made.yaml))
+        made.seconds["all nodes"] = wait_until(lambda: num_nodes(made) == 3, 120, "three nodes", pause=1)
+        try:
+            yield made
+        finally:
+            print(json.dumps({name: round(seconds, 1) for name, seconds in made.seconds.items()}))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(hosts: Hosts) -> Iterator[None]:
+    """A driver that a failed test has left would take the room of the next one's; nor does a cut link stay cut."""
+    yield
+    for host in hosts.workers:
+        host.mend()
+    for driver in hosts.head.processes(DRIVER):
+        os.kill(driver, signal.SIGKILL)
+
+
+def num_nodes(hosts: Hosts) -> int:
+    """Nodes that the head believes alive."""
+    status = hosts.ssh(hosts.head, "timeout 20 ray status").text  # which may hang when a node has just been lost
+    active = re.search(r"Active:\s+(\d+) local", status)
+    return int(active[1]) if active else 0
+
+
+def is_open(port: int) -> bool:
+    """Whether something listens there on this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def manifest(hosts: Hosts, task: str, runs: str = "runs") -> dict:
+    (path,) = (hosts.shared / runs / "tasks" / task).glob("*/manifest.json")
+    return json.loads(path.read_text())
+
+
+def most_attempts(hosts: Hosts, runs: str) -> int:
+    """The most attempts at one task that lie in storage."""
+    return max(len(list(task.glob("attempt-*"))) for task in (hosts.shared / runs / "tasks").glob("*/*"))
+
+
+def long(epochs: int, runs: str) -> tuple[str, ...]:
+    """Arguments of a run that trains for so many epochs, into a storage of its own."""
+    return (
+        *SMALL, "--train.epochs", str(epochs), "--train.early-stopping-patience", str(epochs),
+        "--storage", f"{SHARED}/{runs}",
+    )  # fmt: skip
+
+
+def trains_on(hosts: Hosts) -> set[str]:
+    """Names of the hosts on which workers train now."""
+    return {host.name for host in (hosts.head, *hosts.workers) if host.processes(WORKER)}
+
+
+def epochs_of(text: str) -> list[int]:
+    """The epochs that are told of."""
+    return [int(epoch) for epoch in re.findall(r"train +epoch (\d+)/\d+: loss", text)]
+
+
+def epochs_in(hosts: Hosts, seconds: float) -> int:
+    """How many epochs last so long on this machine, going by the run that was trained first."""
+    history = manifest(hosts, "train")["output"]["history"]
+    return max(150, round(seconds / statistics.median(epoch["seconds"] for epoch in history)))
+
+
+def test_the_same_installation_is_on_every_host(hosts: Hosts) -> None:
+    def installed(host: Host) -> str:
+        return hosts.ssh(host, "python -m pip freeze --all").text
+
+    assert "tensorflow==" in installed(hosts.head)
+    assert len({installed(host) for host in (hosts.head, *hosts.workers)}) == 1
+
+
+def test_from_submit_to_a_registered_model(hosts: Hosts) -> None:
+    submitted = hosts.start_submit(*SMALL, "--train.epochs", "20")
+    wait_until(lambda: len(trains_on(hosts)) == 2, 240, "workers on two hosts")
+    hosts_of_workers = trains_on(hosts)
+    print("workers on", sorted(host.address for host in (hosts.head, *hosts.workers) if host.name in hosts_of_workers))
+    result = submitted.wait(240)
+    assert result.code == 0, result.text
+    hosts.seconds["the first run"] = result.seconds
+    assert "models:/perceiver/1" in result.text[-3000:], "not among the last lines"
+    assert len(hosts_of_workers) == 2
+    # Not in a home of the head: it may be lost.
+    assert manifest(hosts, "register")["output"]["version"] == "1"
+    with sqlite3.connect(hosts.shared / "mlflow.db") as database:
+        assert database.execute("SELECT name, version FROM model_versions").fetchall() == [("perceiver", 1)]
+    assert "runs" not in hosts.ssh(hosts.head, "ls ~").text.split()
+    again = hosts.submit(*SMALL, "--train.epochs", "20", timeout=60)
+    assert "done before" in again.text
+
+
+def test_a_wrong_argument_is_seen_where_it_was_given(hosts: Hosts) -> None:
+    result = hosts.submit("quickstart", "--train.epochs", "none", check=False)
+    assert result.code != 0
+    assert "Error parsing --train.epochs: invalid literal for int() with base 10: 'none'" in result.text
+    result = hosts.submit("quickstart", "--storage", "/proc/none", check=False)
+    assert result.code != 0
+    assert "error: storage = '/proc/none' cannot be read and written" in result.text
+
+
+def test_an_argument_with_spaces(hosts: Hosts) -> None:
+    arguments = (*SMALL, "--train.epochs", "20", "--summary-json")
+    result = hosts.submit(*arguments, "/tmp/a summary.json", check=False)
+    assert result.code != 0
+    assert "Unrecognized options: summary.json" in result.text
+    hosts.submit(*arguments, "'/tmp/a summary.json'")  # quoted once more, for the shell on the head
+    summary = json.loads(hosts.ssh(hosts.head, "cat '/tmp/a summary.json'").text)
+    assert summary["model"]["version"] == "1"
+
+
+def test_a_folder_that_is_not_shared_is_refused(hosts: Hosts) -> None:
+    result = hosts.submit(*SMALL, "--storage", "/home/ray/runs", check=False)
+    assert result.code != 0
+    assert re.search(r"error: storage = '/home/ray/runs': node 10\.77\.0\.1[12] sees another folder", result.text)
+
+
+@pytest.mark.parametrize("token", ["none", "wrong"])
+def test_without_the_token_nobody_is_let_in(hosts: Hosts, token: str) -> None:
+    listening = [line.split()[3].rpartition(":") for line in hosts.ssh(hosts.head, "ss -Hltn").text.splitlines()]
+    ports = sorted({port for address, _, port in listening if "127.0.0.1" not in address} - {"22"}, key=int)
+    assert {"6379", "10001"} <= set(ports)
+    assert ("127.0.0.1", ":", "8265") in listening
+    assert "8265" not in ports
+    access = {"none": "RAY_AUTH_MODE=disabled", "wrong": f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64}"}[token]
+    code = shlex.quote((ROOT / "tests/hosts/stranger.py").read_text())
+    ask = f"mkdir -p /tmp/stranger; HOME=/tmp/stranger {access} timeout 150 python -c {code}"
+    result = hosts.ssh(hosts.workers[0], f"{ask} {hosts.head.address} 8265 {' '.join(ports)}", timeout=160)
+    answers = json.loads(re.findall(r"^ANSWERS (.*)$", result.text, re.MULTILINE)[0])
+    print("answers without the token:", sorted(answers))
+    # Prometheus asks without a token, and gets numbers alone.
+    assert {name: text for name, text in answers.items() if not text.startswith("# HELP ")} == {}, result.text
+    assert "InvalidAuthToken" in result.text
+    # On the head itself, where the dashboard listens.
+    curl = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/"
+    assert hosts.ssh(hosts.head, curl).text == "401"
+    assert hosts.ssh(hosts.head, f'{curl} -H "Authorization: Bearer $(cat ~/.ray/auth_token)"').text == "200"
+
+
+def test_ray_job_submit(hosts: Hosts) -> None:
+    forwarded = hosts.start("dashboard", "--port", "18265", str(hosts.yaml))
+    try:
+        forwarded.wait_for("18265", 60)
+        wait_until(lambda: is_open(18265), 30, "nothing is forwarded")
+        job = ("job", "submit", "--address", "http://127.0.0.1:18265", "--", "perceiver-pipeline", *SMALL)
+        done = hosts.ray(*job, "--train.epochs", "20", timeout=120)
+        assert "models:/perceiver/1" in done.text
+        failed = hosts.ray(*job, "--train.epochs", "none", timeout=120, check=False)
+        assert failed.code != 0
+        assert "Error parsing --train.epochs" in failed.text
+    finally:
+        forwarded.kill()
+
+
+def test_drivers_at_once_do_the_work_once(hosts: Hosts) -> None:
+    """Two of the same run, and one of a run that has the training in common."""
+    arguments = (*SMALL, "--train.epochs", "20", "--storage", f"{SHARED}/several")
+    drivers = [hosts.start_submit(*arguments, *more) for more in ((), (), ("--evaluation.seed", "1"))]
+    results = [driver.wait(400) for driver in drivers]
+    assert [result.code for result in results] == [0, 0, 0], [result.text for result in results]
+    assert all("models:/perceiver/" in result.text for result in results)
+    said = [" ".join(result.text.split()) for result in results]  # a terminal folds lines
+    assert sorted("waiting for it" in text for text in said) == [False, True, True]
+    assert sum("for another run: waiting for it" in text for text in said) in (1, 2)
+    for task, times in {"train": 1, "evaluate": 2, "register": 2}.items():
+        assert sum(text.count(f"{task} started") for text in said) == times, task
+    assert most_attempts(hosts, "several") == 1
+    with sqlite3.connect(hosts.shared / "mlflow.db") as database:
+        for path in (hosts.shared / "several/tasks/register").glob("*/manifest.json"):
+            run = json.loads(path.read_text())["output"]["run_id"]
+            assert len(database.execute("SELECT 1 FROM model_versions WHERE run_id = ?", [run]).fetchall()) == 1
+
+
+def test_a_host_that_is_cut_off_and_comes_back(hosts: Hosts) -> None:
+    *_, last = hosts.workers
+    elastic = ("--train.num-workers", "1:3", "--train.global-batch-size", "66", "--train.cpus-per-worker", "2")
+    # To train still when the lost host is back: its loss is seen after 12 to 65 s, it takes 55 s to join and
+    # 30 s to be looked for. While workers start nothing is trained.
+    submitted = hosts.start_submit(*long(epochs_in(hosts, 110), "elastic"), *elastic)
+    submitted.wait_for(r"train +epoch 1/\d+: loss", 240)
+    wait_until(lambda: len(trains_on(hosts)) == 3, 60, "workers on three hosts")
+    told = len(epochs_of(submitted.text))
+    wait_until(lambda: len(epochs_of(submitted.text)) > told + 1, 120, "they train")
+    lost = set(last.processes(WORKER))  # they stay there for a while, as nobody can tell them
+    last.cut()
+    hosts.seconds["loss of a host seen"] = wait_until(
+        lambda: num_nodes(hosts) == 2, 90, "the head sees the loss", pause=1
+    )
+    before = epochs_of(submitted.text)[-1]
+    hosts.seconds["epochs go on"] = wait_until(
+        lambda: epochs_of(submitted.text)[-1] > before + 1, 180, "the training goes on"
+    )
+    last.mend()
+    hosts.seconds["host used again"] = wait_until(
+        lambda: set(last.processes(WORKER)) - lost != set(), 240, f"{last.name} trains again"
+    )
+    result = submitted.wait(600)
+    assert result.code == 0, result.text
+    assert "models:/perceiver/" in result.text
+    history = manifest(hosts, "train", "elastic")["output"]["history"]
+    assert [workers for workers, _ in groupby(epoch["num_workers"] for epoch in history)][-3:] == [3, 2, 3]
+
+
+def test_a_driver_outlives_its_connection_and_is_found_again(hosts: Hosts) -> None:
+    arguments = long(40, "cut")
+    submitted = hosts.start_submit(*arguments)
+    submitted.wait_for(r"epoch 2/40", 240)
+    (driver,) = hosts.head.processes(DRIVER)
+    for session in hosts.head.processes(r"^sshd: ray"):
+        os.kill(session, signal.SIGKILL)
+    assert submitted.wait(60).code != 0
+    assert hosts.head.processes(DRIVER) == [driver]
+    again = hosts.start_submit(*arguments)
+    again.wait_for(r"process \d+ on kpr-head works at this run: waiting for it", 60)
+    result = again.wait(300)
+    assert result.code == 0, result.text
+    assert "models:/perceiver/" in result.text
+    assert most_attempts(hosts, "cut") == 1
+    log = hosts.ssh(hosts.head, "cat /tmp/perceiver-pipeline-*.log").text
+    # Plain lines, and none is missing.
+    assert epochs_of(log)[-30:] == list(range(11, 41)), "the driver says no more when nobody listens"
+    assert "\x1b" not in log.rpartition("epoch 11/40: loss")[2]
+
+
+def test_after_ctrl_c_and_after_a_killed_driver_the_same_command_goes_on(hosts: Hosts) -> None:
+    arguments = long(30, "killed")
+    stopped = hosts.start_submit(*arguments, terminal=True)
+    stopped.wait_for(r"train +epoch 3/30: loss", 240)
+    stopped.type(CTRL_C)
+    result = stopped.wait(120)
+    assert result.code != 0
+    assert "stopped; the same command goes on from here" in result.text
+    epochs = [epochs_of(result.text)]
+
+    killed = hosts.start_submit(*arguments)
+    killed.wait_for(r"train +epoch 10/30: loss", 240)
+    (driver,) = hosts.head.processes(DRIVER)
+    os.kill(driver, signal.SIGKILL)
+    result = killed.wait(60)
+    assert result.code != 0
+    epochs.append(epochs_of(result.text))
+
+    epochs.append(epochs_of(hosts.submit(*arguments).text))
+    for before, after in pairwise(epochs):
+        assert after[0] > before[-1], f"it begins again: {epochs}"
+    assert [epoch["epoch"] for epoch in manifest(hosts, "train", "killed")["output"]["history"]] == list(range(1, 31))
+
+
+def test_an_object_store_instead_of_the_folder(hosts: Hosts, tmp_path: Path) -> None:
+    server = TrackingServer(tmp_path, address=OUTSIDE)
+    try:
+        with S3Server(tmp_path / "store", OUTSIDE) as store:
+            for host in (hosts.head, *hosts.workers):
+                hosts.ssh(host, f"mkdir -p ~/.aws; printf '%s\\n' '[default]' {KEYS} > ~/.aws/credentials")
+                hosts.ssh(host, "printf '%s\\n' '[default]' 'region = us-east-1' > ~/.aws/config")
+            uri = store.uri.replace("?", "/hosts?")
+            places = ("--storage", f"'{uri}'", "--tracking.uri", server.uri)
+            result = hosts.submit(*SMALL, "--train.epochs", "20", *places)
+            assert "models:/perceiver/1" in result.text
+            again = hosts.submit(*SMALL, "--train.epochs", "20", *places)
+            assert len(re.findall(r"\d s +\w+ +done before", again.text)) == 7
+    finally:
+        server.kill()
+
+
+def test_down_stops_the_head(hosts: Hosts) -> None:
+    hosts.ray("down", "--yes", str(hosts.yaml))
+    assert hosts.head.processes("gcs_server") == []
+    hosts.seconds["workers end"] = wait_until(
+        lambda: not any(host.processes("raylet") for host in hosts.workers), 120, "the raylets end", pause=1
+    )
