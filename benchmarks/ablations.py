@@ -102,8 +102,7 @@ STUDIES = {
             "XLA": {"train.jit_compile": True},
         },
     ),
-    # A Perceiver that reads pixels, to see whether the paper's directions hold where it is small: its Tables 2 and 5,
-    # and the appendix on weight sharing, iterations and latents.
+    # A Perceiver that reads pixels, to see whether the directions of the paper's ablations hold where it is small.
     "paper": Study(
         "cifar100",
         {
