@@ -33,9 +33,10 @@ from turns import Answer, Contestant
 
 from perceiver.cost import macs_per_image, parameter_count
 from pipeline.batches import ImageArrays, train_batches
-from pipeline.config import PRESETS, PipelineConfig, keyed
+from pipeline.config import PipelineConfig, keyed
 from pipeline.datasets import load
 from pipeline.preprocess import stratified_split
+from pipeline.presets import PRESETS
 
 BASE = "as it is"
 STEPS_A_TURN = 10

@@ -30,7 +30,8 @@ import numpy as np
 
 from perceiver.cost import macs_per_image, parameter_count
 from pipeline.batches import ImageArrays
-from pipeline.config import PRESETS, DatasetConfig, ModelConfig, TrainingConfig
+from pipeline.config import DatasetConfig, ModelConfig, TrainingConfig
+from pipeline.presets import PRESETS
 from tune.config import SearchConfig
 from tune.space import Space, to_model, training_values
 

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from turns import Answer, Contestant, medians
 
-from pipeline import config as presets
+from pipeline import presets
 from pipeline.batches import ImageArrays
-from pipeline.config import PipelineConfig
+from pipeline.config import PipelineConfig, TrainingConfig
 from pipeline.datasets import load
 
 Feed = Literal["tf.data", "generator", "device", "none"]
@@ -261,7 +261,7 @@ def feed(kind: Feed, job: Job) -> Any:
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
-def augmented(images: Any, settings: presets.TrainingConfig) -> Any:
+def augmented(images: Any, settings: TrainingConfig) -> Any:
     """What `pipeline.batches.augment` does but zoom, as TensorFlow's operations on a batch (B, H, W, C) uint8."""
     import tensorflow as tf
 

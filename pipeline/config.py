@@ -1,25 +1,19 @@
-"""All settings of a run as frozen dataclasses, the presets, and the way from a command line to one of them.
-
-Imports neither TensorFlow nor Ray: `--help` and a bad value answer at once.
-"""
+"""All settings of a run as frozen dataclasses. Imports neither TensorFlow nor Ray: a bad value is answered at once."""
 
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from perceiver import presets as model_presets
 from perceiver.config import PerceiverConfig
-from pipeline.datasets import SOURCES, check_archive
+from pipeline.datasets import SOURCES
 from pipeline.promotion import PromotionConfig
 from tune.config import RANGES, SearchConfig
-from tune.space import DIMENSIONS, Space
+from tune.space import Space
 
-TaskName = Literal["ingest", "preprocess", "search", "train", "evaluate", "register", "report"]
 # How a run is carried out, not what comes out of it: such fields are no part of a task's key.
 EXECUTION = {"keyed": False}
 WORKERS_REMEDY = "give a number of at least 1, or MIN:MAX for as many of these as the cluster has"
@@ -265,7 +259,7 @@ class PipelineConfig:
         if source.image_shape != self.model.image_shape or source.num_classes != self.model.num_classes:
             raise ValueError(
                 f"model.image_shape = {self.model.image_shape} and model.num_classes = {self.model.num_classes} do not "
-                f"belong to data.source = {source.name}: build the configuration with config.with_source"
+                f"belong to data.source = {source.name}: build the configuration with presets.with_source"
             )
         if self.train.random_flip and not source.flips:
             raise ValueError(
@@ -327,134 +321,6 @@ class PipelineConfig:
         return f"{os.path.dirname(os.path.abspath(file))}/mlartifacts" if scheme == "sqlite" else None
 
 
-@dataclass(frozen=True)
-class Options:
-    """A run: what to compute, and how much of it."""
-
-    config: Annotated[PipelineConfig, tyro.conf.arg(name="")] = field(default_factory=PipelineConfig)
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the configuration, the tasks, their keys and their resources; start nothing."""
-    until: TaskName | None = None
-    """Stop after this task."""
-    force: tuple[TaskName, ...] = ()
-    """Run these tasks, and all that follow from them, although they are done."""
-    summary_json: str | None = None
-    """Write the summary to this file as JSON."""
-
-
-def quickstart() -> PipelineConfig:
-    """Handwritten digits embedded in scikit-learn (1,797 images of 8 x 8): the whole pipeline in a few minutes.
-
-    python pipeline/run.py quickstart
-    """
-    return _preset(
-        "digits",
-        model_presets.quickstart(),
-        search=SearchConfig(
-            num_trials=4,
-            epochs=6,
-            num_latents=(8, 16),
-            latent_dim=(32, 64),
-            num_iterations=(1, 2),
-            num_self_attention_blocks=(1, 2),
-            weight_decay=(1e-3, 0.1),
-        ),
-        train=TrainingConfig(
-            epochs=30,
-            global_batch_size=64,
-            learning_rate=3e-3,
-            warmup_epochs=5.0,
-            weight_decay=0.01,
-            random_crop_padding=0,
-            random_flip=False,
-        ),
-    )
-
-
-def cifar100() -> PipelineConfig:
-    """CIFAR-100 with a small convolutional stem, 64 tokens and 32 latents; the search is off, the recipe is fixed.
-
-    python pipeline/run.py cifar100
-    """
-    return _preset(
-        "cifar100",
-        model_presets.cifar100(),
-        search=SearchConfig(num_trials=0),
-        train=TrainingConfig(epochs=8, label_smoothing=0.1),
-    )
-
-
-def keras_example() -> PipelineConfig:
-    """The settings of the published Keras example (53% top-1 after 40 epochs on a V100), as they are.
-
-    python pipeline/run.py keras_example
-    """
-    return _preset(
-        "cifar100",
-        model_presets.keras_example(),
-        # Adam has no weight decay, and without an output projection the latents have the width of the values.
-        search=SearchConfig(num_trials=0, latent_dim=(), weight_decay=()),
-        train=TrainingConfig(
-            epochs=50,
-            global_batch_size=64,
-            optimizer="adam",
-            learning_rate=1e-3,
-            learning_rate_schedule="plateau",
-            weight_decay=0.0,
-            random_crop_padding=0,
-            random_zoom=0.2,
-        ),
-    )
-
-
-PRESETS = {"cifar100": cifar100, "keras_example": keras_example, "quickstart": quickstart}
-
-
-def parse(argv: Sequence[str]) -> tuple[str, Options]:
-    """Preset name and options of a command line without the program's name.
-
-    Ends the process with code 2 and one message where an option cannot be used, with 0 after `--help`.
-
-    Raises:
-        ValueError: if options cannot be used together, or the archive cannot be used.
-    """
-    args = list(argv)
-    preset = args.pop(0) if args and not args[0].startswith("-") else "cifar100"
-    if preset not in PRESETS:
-        raise ValueError(f"preset = {preset!r} does not exist: give one of {', '.join(PRESETS)}")
-    given = {arg.split("=", 1)[0].lstrip("-").replace("-", "_"): arg for arg in args if arg.startswith("--")}
-    default = _with_environment(PRESETS[preset](), args)
-    # The shape of the images decides which models are valid, so the source is settled before anything is validated.
-    source = _value_of("data.source", args)
-    if source is not None and source in SOURCES:
-        default = with_source(default, source)
-    options = tyro.cli(
-        Options,
-        prog="run.py [PRESET]",
-        description=f"Runs the pipeline. PRESET is one of {', '.join(PRESETS)}; default cifar100.",
-        default=Options(config=default),
-        args=args,
-        config=(tyro.conf.SuppressFixed,),
-    )
-    config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
-    config.search_space()
-    check_archive(config.data)
-    if options.summary_json and not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.summary_json))):
-        raise ValueError(f"summary-json = {options.summary_json!r}: there is no folder {folder}: make it")
-    return preset, replace(options, config=config)
-
-
-def with_source(config: PipelineConfig, source: str) -> PipelineConfig:
-    """`config` on another data source, with its image shape and classes, and without flips where they make no sense."""
-    info = SOURCES[source]
-    return replace(
-        config,
-        data=replace(config.data, source=info.name),  # type: ignore[arg-type]  # a key of SOURCES
-        model=replace(config.model, image_shape=info.image_shape, num_classes=info.num_classes),
-        train=replace(config.train, random_flip=config.train.random_flip and info.flips),
-    )
-
-
 def keyed(section: Any) -> dict[str, Any]:
     """The fields of a section that decide what comes out of a task."""
     return {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("keyed", True)}
@@ -468,61 +334,6 @@ def flatten(config: PipelineConfig) -> dict[str, Any]:
             {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
         )
     return flat
-
-
-def _with_environment(config: PipelineConfig, args: Sequence[str]) -> PipelineConfig:
-    """`config` with the places that options or, where they do not, the environment of a cluster gives."""
-    uri = _value_of("tracking.uri", args) or os.environ.get("MLFLOW_TRACKING_URI") or config.tracking.uri
-    storage = _value_of("storage", args) or os.environ.get("PERCEIVER_STORAGE") or config.storage
-    return replace(config, storage=storage, tracking=replace(config.tracking, uri=uri))
-
-
-def _with_absolute_paths(config: PipelineConfig) -> PipelineConfig:
-    """`config` for tasks that may run in another folder."""
-
-    def absolute(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
-
-    data, tracking, storage = config.data, config.tracking, config.storage
-    if data.archive is not None:
-        data = replace(data, archive=absolute(data.archive))
-    if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
-        tracking = replace(tracking, uri=f"sqlite:///{absolute(tracking.uri.removeprefix('sqlite:///'))}")
-    if "://" not in storage:
-        storage = absolute(storage)
-    return replace(config, data=data, tracking=tracking, storage=storage)
-
-
-def _preset(source: str, model: PerceiverConfig, **sections: Any) -> PipelineConfig:
-    return PipelineConfig(data=DatasetConfig(source=source), model=ModelConfig(**asdict(model)), **sections)  # type: ignore[arg-type]
-
-
-def _value_of(name: str, args: Sequence[str]) -> str | None:
-    """The value that `args` give to `--name VALUE` or `--name=VALUE`, the last one where there are several."""
-    value = None
-    for arg, following in zip(args, [*args[1:], None], strict=False):  # one more where there are none
-        option, equals, attached = arg.partition("=")
-        if option.startswith("--") and option[2:].replace("-", "_") == name:
-            value = attached if equals else following
-    return value
-
-
-def _fix_given(config: PipelineConfig, given: dict[str, str]) -> SearchConfig:
-    """Narrows each searched dimension whose field was given on the command line to that one value."""
-    search = config.search
-    for dimension in DIMENSIONS:
-        name = f"{dimension.section}.{dimension.name}"
-        if name not in given:
-            continue
-        if f"search.{dimension.name}" in given:
-            raise ValueError(
-                f"{given[name]} fixes what {given[f'search.{dimension.name}']} would search: give one of the two"
-            )
-        value = getattr(getattr(config, dimension.section), dimension.name)
-        if getattr(search, dimension.name):  # else it is not searched anyway
-            # A weight decay of 0 has no place on a log scale.
-            search = replace(search, **{dimension.name: (value,) if value else ()})  # type: ignore[arg-type]
-    return search
 
 
 def _require(condition: bool, name: str, value: object, remedy: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from rich.markup import escape
 
 from pipeline import workflow
-from pipeline.config import Options, PipelineConfig
+from pipeline.command_line import Options
+from pipeline.config import PipelineConfig
 from pipeline.lease import Claim, Lease, LeaseLost
 from pipeline.progress import Progress, make_console
 from pipeline.storage import Storage

@@ -9,7 +9,7 @@ data cannot be used, 128 + n ended by signal n with a state to go on from.
 
 import sys
 
-from pipeline.config import parse
+from pipeline.command_line import parse
 
 
 def main() -> int:

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from perceiver import cost
-from pipeline.config import Options, PipelineConfig, flatten
+from pipeline.command_line import Options
+from pipeline.config import PipelineConfig, flatten
 from pipeline.storage import Storage
 from pipeline.tasks import TASKS, trained_configs
 from pipeline.tracking_buffer import Unsent

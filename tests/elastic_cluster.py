@@ -18,8 +18,8 @@ from ray.cluster_utils import Cluster
 
 from pipeline import train as training
 from pipeline.board import Board
-from pipeline.config import quickstart
 from pipeline.preprocess import ingest, preprocess
+from pipeline.presets import quickstart
 from pipeline.storage import Storage
 from pipeline.tasks import trained_configs
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.cluster import address_to_join, check_resources, connect
-from pipeline.config import PipelineConfig, quickstart
+from pipeline.config import PipelineConfig
+from pipeline.presets import quickstart
 from pipeline.storage import Storage
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ CONNECT = """if True:
     import ray
     from pipeline import cluster
     from pipeline.cluster import connect
-    from pipeline.config import quickstart
+    from pipeline.presets import quickstart
     from pipeline.storage import Storage
     joined = connect(quickstart(), Storage(sys.argv[1]))
     assert joined == ("foreign" in ray.cluster_resources())

@@ -14,18 +14,10 @@ from typing import Any
 import pytest
 
 from perceiver.config import PerceiverConfig
-from pipeline.config import (
-    PRESETS,
-    ModelConfig,
-    PipelineConfig,
-    cifar100,
-    flatten,
-    keyed,
-    parse,
-    quickstart,
-    with_source,
-)
+from pipeline.command_line import parse
+from pipeline.config import ModelConfig, PipelineConfig, flatten, keyed
 from pipeline.datasets import SOURCES
+from pipeline.presets import PRESETS, cifar100, quickstart, with_source
 from tune.config import SearchConfig
 from tune.space import DIMENSIONS
 
@@ -291,7 +283,7 @@ def test_flatten_has_every_field_once() -> None:
 
 def test_a_model_section_makes_a_perceiver_config() -> None:
     assert asdict(PerceiverConfig(**asdict(ModelConfig()))) == asdict(ModelConfig())
-    with pytest.raises(ValueError, match=r"config\.with_source"):
+    with pytest.raises(ValueError, match=r"presets\.with_source"):
         PipelineConfig(model=ModelConfig(image_shape=(8, 8, 1)))
     assert with_source(cifar100(), "cifar10").model.num_classes == 10
     with pytest.raises(ValueError, match="every searched field has one value"):

@@ -20,6 +20,8 @@ CONFIG_MODULES = (
     "tune.config",
     "tune.space",
     "pipeline.config",
+    "pipeline.presets",
+    "pipeline.command_line",
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.config import quickstart
+from pipeline.presets import quickstart
 from pipeline.progress import Progress
 from pipeline.trial_table import duration
 

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import runlog
-from pipeline.config import quickstart
+from pipeline.presets import quickstart
 from pipeline.runlog import RunLog
 from pipeline.workflow import Stopped
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from perceiver import cost
-from pipeline.config import parse
+from pipeline.command_line import parse
 from pipeline.storage import Storage
 from pipeline.summary import mlflow_command, show_summary, summarize
 from pipeline.tasks import TASKS

@@ -26,8 +26,9 @@ from pipeline import train as training
 from pipeline.batches import epoch_order, steps_per_epoch
 from pipeline.board import Board
 from pipeline.checkpoint_store import NAME
-from pipeline.config import TrainingConfig, quickstart
+from pipeline.config import TrainingConfig
 from pipeline.preprocess import ingest, materialize_split, preprocess, to_arrays
+from pipeline.presets import quickstart
 from pipeline.ray_internals import START_SECONDS_VARIABLE
 from pipeline.storage import Storage
 from pipeline.tasks import trained_configs

@@ -15,8 +15,9 @@ import pytest
 import ray
 
 from pipeline.board import Board
-from pipeline.config import PipelineConfig, quickstart
+from pipeline.config import PipelineConfig
 from pipeline.lease import LeaseLost
+from pipeline.presets import quickstart
 from pipeline.storage import Storage
 from pipeline.tasks import TASKS
 from pipeline.workflow import (
