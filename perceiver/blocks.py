@@ -5,9 +5,10 @@ from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
-from keras import layers, ops
+from keras import layers
 
 from perceiver.attention import MultiHeadAttention
+from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 
 Shape = tuple[Any, ...]  # numbers, None where one is not known
@@ -37,7 +38,7 @@ class MLP(keras.layers.Layer):
         self.output_projection.build((*input_shape[:-1], self.widening_factor * width))
 
     def call(self, inputs: Tensor) -> Tensor:
-        return self.output_projection(ops.gelu(self.hidden(inputs), approximate=self.approximate_gelu))
+        return self.output_projection(gelu(self.hidden(inputs), self.approximate_gelu))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)

@@ -12,6 +12,7 @@ from keras import layers, ops
 
 from perceiver.blocks import CrossAttentionBlock, SelfAttentionBlock
 from perceiver.config import PerceiverConfig
+from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 from perceiver.position_encoding import FourierPositionEncoding, LearnedPositionEncoding
 from perceiver.preprocessing import ConvStem, ImageNormalization, PatchStem
@@ -225,7 +226,7 @@ class Perceiver(keras.Model):
         else:
             x = ops.mean(ops.cast(latents, "float32"), axis=1)
         if self.head_hidden is not None:
-            x = ops.gelu(self.head_hidden(x), approximate=self.config.approximate_gelu)
+            x = gelu(self.head_hidden(x), self.config.approximate_gelu)
         return self.logits_dropout(self.logits(x), training=training)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
