@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from pipeline.config import TrainingConfig
+from pipeline.muon import Muon
 
 SGD_MOMENTUM = 0.9
 PLATEAU_FACTOR = 0.2
@@ -61,7 +62,7 @@ def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) 
         # columns are one for each class (Jordan et al., 2024: not for embeddings and not for the classifier).
         kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(model.logits.kernel)}
         others = [f"^{re.escape(v.path)}$" for v in model.trainable_variables if id(v) not in kernels]
-        made = keras.optimizers.Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
+        made = Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
     elif config.optimizer == "lamb":
         made = keras.optimizers.Lamb(rate, weight_decay=decay)
     else:

@@ -11,6 +11,7 @@ from tiny_perceivers import TINY
 
 from perceiver import Perceiver
 from pipeline.config import TrainingConfig
+from pipeline.muon import Muon
 from pipeline.optimization import SmoothedCrossEntropy, learning_rate, optimizer
 
 OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
@@ -61,6 +62,18 @@ def test_muon_is_for_the_matrices_within_the_model() -> None:
     matrices = [v for v in variables if v.name == "kernel" and v.ndim == 2 and v is not model.logits.kernel]
     assert [v.path for v in muons] == [v.path for v in matrices]
     assert 0 < len(muons) < sum(v.ndim == 2 for v in variables), "latents and the classifier are matrices too"
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 48), (48, 24)])
+def test_muon_orthogonalises_as_that_of_keras(shape: tuple[int, int]) -> None:
+    matrix = tf.constant(np.random.default_rng(0).normal(size=shape), "float32")
+    found, expected = (
+        np.asarray(kind(0.1).zeropower_via_newtonschulz5(matrix, 5)) for kind in (Muon, keras.optimizers.Muon)
+    )
+    assert found.dtype == expected.dtype
+    cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert cosine > 0.998
+    assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(expected), rel=0.05)
 
 
 def test_smoothing_is_that_of_one_hot_labels() -> None:
