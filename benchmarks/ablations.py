@@ -4,10 +4,11 @@
     python benchmarks/ablations.py recipe --archive ... --steps 2000 --only muon bfloat16
     python benchmarks/ablations.py digits --steps 900 --seeds 0 1 2
 
-A variant is a preset with some settings changed. The budget is the time that the preset needs for `--steps` training
-steps on one core, as much for every variant: a step of each is timed beside a step of the preset first, in turns, and
-the budget divided by it. So what else the machine does while they train changes nothing. With `--equal steps` each gets
-as many steps as the preset. The whole learning-rate schedule lies within the budget.
+A study begins with a preset, some of whose settings it may change: its base. Each variant changes some more. The budget
+is the time that the base needs for `--steps` training steps on one core, as much for every variant: a step of each is
+timed beside a step of the base first, in turns, and the budget divided by it. So what else the machine does while they
+train changes nothing. With `--equal steps` each gets as many steps as the base. The whole learning-rate schedule lies
+within the budget.
 
 Each finished training is a line of `--record`; the same command goes on after the last. Judged on the validation rows;
 the test rows are not read.
@@ -58,32 +59,60 @@ class Study:
     variants: dict[str, Changes]
 
 
+PLAIN: Changes = {
+    "model.num_latents": 32,
+    "model.latent_dim": 128,
+    "model.conv_channels": 64,
+    "model.num_iterations": 2,
+    "model.num_self_attention_blocks": 2,
+    "model.num_self_attention_heads": 4,
+    "model.num_cross_attention_heads": 4,
+    "model.share_weights": True,
+    "train.optimizer": "adamw",
+    "train.learning_rate": 2e-3,
+    "train.weight_decay": 0.05,
+    "train.global_batch_size": 128,
+    "train.label_smoothing": 0.1,
+    "train.precision": "float32",
+}
+
 STUDIES = {
+    # This one and the next are around what the preset was before they were run.
     "shapes": Study(
         "cifar100",
-        {},
+        PLAIN | {"train.precision": "mixed_bfloat16", "train.optimizer": "muon"},
         {
             "64 latents": {"model.num_latents": 64},
             "16 latents": {"model.num_latents": 16},
+            "16 latents of 192": {"model.num_latents": 16, "model.latent_dim": 192},
+            "16 latents of 256": {"model.num_latents": 16, "model.latent_dim": 256},
+            "16 latents of 192, 128 channels": {
+                "model.num_latents": 16,
+                "model.latent_dim": 192,
+                "model.conv_channels": 128,
+            },
+            "latents of 192": {"model.latent_dim": 192},
             "4 iterations of 1 block": {"model.num_iterations": 4, "model.num_self_attention_blocks": 1},
             "1 iteration of 4 blocks": {"model.num_iterations": 1, "model.num_self_attention_blocks": 4},
             "iterations do not share": {"model.share_weights": False},
             "32 channels in the stem": {"model.conv_channels": 32},
+            "128 channels in the stem": {"model.conv_channels": 128},
             "4 x 4 patches": {"model.stem": "patches"},
             "4 x 4 patches, Fourier": {
                 "model.stem": "patches",
                 "model.position_encoding": "fourier",
                 "model.position_combination": "concat",
             },
-            "latents of 192": {"model.latent_dim": 192},
             "Fourier positions": {"model.position_encoding": "fourier", "model.position_combination": "concat"},
             "query head": {"model.head": "query"},
             "tanh GELU": {"model.approximate_gelu": True},
+            "AdamW": {"train.optimizer": "adamw"},
+            "Muon, 4e-3": {"train.learning_rate": 4e-3},
         },
     ),
     "recipe": Study(
         "cifar100",
-        {},
+        PLAIN,
         {
             "LAMB": {"train.optimizer": "lamb", "train.learning_rate": 1e-2},
             "Muon": {"train.optimizer": "muon"},
@@ -152,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
-    parser.add_argument("--steps", type=int, default=600, help="steps of the preset whose time is the budget")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the base whose time is the budget")
     parser.add_argument("--equal", choices=("time", "steps"), default="time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants; default all")
@@ -172,7 +201,7 @@ def main() -> None:
     ratios = {BASE: 1.0} | {row["variant"]: row["relative_step_time"] for row in done}
     for name in configs.keys() - ratios.keys() if args.equal == "time" else ():
         ratios[name] = relative_step_time(configs[name], configs[BASE], args.rounds)
-        print(f"{name}: {ratios[name]:.2f} times the preset's step", file=sys.stderr, flush=True)
+        print(f"{name}: {ratios[name]:.2f} times the base's step", file=sys.stderr, flush=True)
     runs = [(name, seed) for seed in args.seeds for name in configs]
     runs = [run for run in runs if run not in {(row["variant"], row["seed"]) for row in done}]
 
@@ -308,7 +337,7 @@ def show(runs: list[Changes], steps: int, equal: str) -> None:
     """A row a variant, the best first: means over the seeds, and the range of the top-1 accuracy."""
     columns = ("variant", "parameters", "MMAC", "time a step", "steps", "seeds", "top-1", "lowest to highest")
     table = Table(
-        *columns, "top-5", "loss", title=f"Budget: {steps:,} steps of the preset, equal {equal}; validation rows"
+        *columns, "top-5", "loss", title=f"Budget: {steps:,} steps of the base, equal {equal}; validation rows"
     )
     by_variant: dict[str, list[Changes]] = {}
     for run in runs:

@@ -60,13 +60,15 @@ class Settings:
 
 
 def recipe(settings: Settings) -> tuple[ModelConfig, TrainingConfig]:
-    """Model and training of a curve, before a sample changes them."""
+    """Model and training of a curve, before a sample changes them: the preset as it was when the curves were made."""
     base = PRESETS["cifar100"]()
     train = replace(
         base.train,
         epochs=settings.epochs,
         global_batch_size=settings.global_batch_size,
         num_workers=1,
+        optimizer="adamw",
+        precision="float32",
         seed=settings.seed,
     )
     return replace(base.model, **SMALLER), train

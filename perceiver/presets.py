@@ -28,16 +28,53 @@ def quickstart() -> PerceiverConfig:
 
 
 def cifar100() -> PerceiverConfig:
-    """CIFAR-100 from 32 x 32 pixels: 64 cells of a convolutional stem, 32 latents, all weights shared.
+    """CIFAR-100 from 32 x 32 pixels: 64 cells of a convolutional stem, 16 latents of 192, all weights shared.
 
-    498,788 parameters, 47.9 MMAC an image.
+    932,196 parameters, 48.8 MMAC an image.
     """
     return PerceiverConfig(
+        num_latents=16,
+        latent_dim=192,
         num_cross_attention_heads=4,
         cross_attention_widening_factor=2,
         self_attention_widening_factor=2,
         share_first_cross_attention=True,
         use_final_layer_norm=True,
+    )
+
+
+def cifar100_gpu() -> PerceiverConfig:
+    """`cifar100` scaled up for one GPU: 32 latents of 384, four self-attends after each cross-attend. Not trained yet.
+
+    6,024,036 parameters, 448.2 MMAC an image.
+    """
+    return replace(
+        cifar100(),
+        conv_channels=128,
+        data_dim=256,
+        num_latents=32,
+        latent_dim=384,
+        num_self_attention_blocks=4,
+        num_cross_attention_heads=8,
+        num_self_attention_heads=8,
+        dropout=0.1,
+    )
+
+
+def cifar100_8gpu() -> PerceiverConfig:
+    """`cifar100` scaled up for eight GPUs: 64 latents of 512, three iterations of six self-attends. Not trained yet.
+
+    15,138,404 parameters, 2,971.8 MMAC an image.
+    """
+    return replace(
+        cifar100_gpu(),
+        conv_channels=192,
+        data_dim=384,
+        num_latents=64,
+        latent_dim=512,
+        num_iterations=3,
+        num_self_attention_blocks=6,
+        dropout=0.2,
     )
 
 

@@ -266,9 +266,7 @@ class PipelineConfig:
                 f"train.random_flip = True, but mirrored images of data.source = {source.name} are of no class: "
                 "give --train.no-random-flip"
             )
-        rows = source.train_rows if source.test_rows else round(source.train_rows * (1 - self.data.test_fraction))
-        rows = round(rows * (1 - self.data.validation_fraction))
-        if self.train.global_batch_size > rows:
+        if self.train.global_batch_size > (rows := self.training_rows):
             raise ValueError(
                 f"train.global_batch_size = {self.train.global_batch_size} is more than the about {rows} training rows "
                 f"of data.source = {source.name}: lower it"
@@ -281,6 +279,13 @@ class PipelineConfig:
             raise ValueError(
                 f"storage = {self.storage!r} is no local folder, so the runs need a server: give --tracking.uri"
             )
+
+    @property
+    def training_rows(self) -> int:
+        """About how many rows an epoch has; the split by class rounds."""
+        source = SOURCES[self.data.source]
+        rows = source.train_rows if source.test_rows else round(source.train_rows * (1 - self.data.test_fraction))
+        return round(rows * (1 - self.data.validation_fraction))
 
     def search_space(self) -> Space | None:
         """What the search may try; None if it is off.

@@ -117,3 +117,12 @@ def show_plan(preset: str, options: Options, storage: Storage, console: Console)
         f"model: {cost.parameter_count(config.model):,} parameters, about {2 * macs / 1e9:.3f} GFLOPs an image "
         f"({macs / 1e6:.1f} MMAC) forward, three times that in training"
     )
+    train = config.train
+    rows = config.training_rows * train.epochs
+    kept = cost.activation_bytes_per_image(config.model) * train.global_batch_size
+    kept //= 1 if train.precision == "float32" else 2
+    workers = f"{train.max_workers} workers" if train.max_workers > 1 else "the worker"
+    console.print(
+        f"training: {train.epochs} epochs, {rows:,} images, about {6 * macs * rows / 1e15:.3g} PFLOPs; activations of "
+        f"a step about {kept / 2**20:,.0f} MiB, shared by {workers}"
+    )

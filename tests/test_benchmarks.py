@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def benchmark(name: str, *args: str) -> tuple[str, Any]:
     """What a benchmark printed before its last line, and that line's contents."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"COLUMNS": "120"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=os.environ | {"COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     table, _, line = done.stdout.rstrip().rpartition("\n")
     return table, json.loads(line)
@@ -125,7 +125,7 @@ def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     small = ("digits", "--steps", "4", "--rounds", "1", "--only", "pixels", "--record", str(record))
     table, first = benchmark("ablations", *small)
-    assert "Budget: 4 steps of the preset, equal time" in table
+    assert "Budget: 4 steps of the base, equal time" in table
     assert {(run["variant"], run["seed"]) for run in first["runs"]} == {("as it is", 0), ("pixels", 0)}
     pixels = next(run for run in first["runs"] if run["variant"] == "pixels")
     assert pixels["steps_taken"] == max(1, round(4 / pixels["relative_step_time"]))
@@ -136,6 +136,57 @@ def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
     assert lines[:2] == first["runs"], "what was done is not done again"
     assert {(run["variant"], run["seed"]) for run in lines[2:]} == {("as it is", 1), ("pixels", 1)}
     assert len(again["runs"]) == 4
+
+
+@pytest.mark.slow
+def test_accuracy_of_runs_and_their_figure(tmp_path: Path) -> None:
+    record, figure = tmp_path / "record.jsonl", tmp_path / "figure.svg"
+    steps = [{"seconds": 30.0 * i, "loss": 4.0, "val_loss": 3.0, "val_accuracy": 0.1 * i} for i in (1, 2)]
+    curve = [step | {"val_top5_accuracy": 0.5, "images_per_second": 100.0} for step in steps]
+    row = {"settings": {}, "training_seconds": 60.0, "epochs": 2, "parameters": 10, "curve": curve}
+    runs = [row | {"name": "small", "seed": seed, "test": {"top1": 0.2 + seed / 10, "top5": 0.6}} for seed in (0, 1)]
+    runs.append(row | {"name": "other", "seed": 0, "test": {"top1": 0.1, "top5": 0.3}})
+    record.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    table, result = benchmark("accuracy", "--record", str(record), "--figure", str(figure))
+    assert "25.00% (20.00% to 30.00%)" in table
+    assert result["runs"] == runs
+    drawn = figure.read_bytes()
+    assert drawn.startswith(b"<?xml")
+    benchmark("accuracy", "--record", str(record), "--figure", str(figure))
+    assert figure.read_bytes() == drawn
+
+
+@pytest.mark.slow
+def test_accuracy_trains_and_goes_on_with_what_is_missing(
+    tmp_path: Path, cifar100_archive: tuple[Path, str], ray_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(ray_folder))
+    record = tmp_path / "record.jsonl"
+    shape = ("--model.num-latents", "4", "--model.latent-dim", "8", "--model.conv-channels", "4")
+    training = ("--model.data-dim", "8", "--train.epochs", "1", "--train.global-batch-size", "500")
+    command = ("accuracy", "--archive", str(cifar100_archive[0]), "--record", str(record), "--", *shape, *training)
+    _, result = benchmark(*command)
+    (run,) = result["runs"]
+    assert run["settings"]["train"]["seed"] == run["seed"] == 0
+    assert run["test"]["num_examples"] == 10_000
+    assert run["epochs"] == len(run["curve"]) == 1
+    assert 0 < run["training_seconds"] < run["task_seconds"]
+    _, again = benchmark(*command)
+    assert again == result
+
+
+@pytest.mark.slow
+def test_published_training(tmp_path: Path, cifar100_archive: tuple[Path, str]) -> None:
+    record = tmp_path / "record.jsonl"
+    few = ("--minutes", "0.1", "--points", "2", "--validation-rows", "16", "--test-rows", "32")
+    benchmark("published_training", "--archive", str(cifar100_archive[0]), "--record", str(record), *few)
+    (run,) = [json.loads(line) for line in record.read_text().splitlines()]
+    assert run["name"] == "published example"
+    assert [point["seconds"] >= 3 * i for i, point in enumerate(run["curve"], 1)] == [True, True]
+    assert 0 <= run["test"]["top1"] <= run["test"]["top5"] <= 1
+    assert run["test"]["num_examples"] == 32
+    table, _ = benchmark("accuracy", "--record", str(record))
+    assert "published example" in table
 
 
 def test_search_table(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
     [
         ("--train.nope 3", "Unrecognized options: --train.nope", "--help"),
         ("--train.epoch 3", "Unrecognized options: --train.epoch", "--train.epochs"),
-        ("nope", "preset = 'nope'", "cifar100, keras_example, quickstart"),
+        ("nope", "preset = 'nope'", "cifar100, cifar100_gpu, cifar100_8gpu, keras_example, quickstart"),
         ("--train.epochs 1.5", "--train.epochs", "INT"),
         ("--until nope", "'nope'", "preprocess"),
         ("--data.source nope", "'nope'", "digits"),
@@ -199,7 +199,7 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
         ("quickstart --data.archive /nope", "data.archive = '/nope'", "leave it out"),
         ("--model.dropout nan", "model.dropout = nan", "[0, 1)"),
         ("--model.num-latents 0", "model.num_latents = 0", "give at least 1"),
-        ("--model.num-self-attention-heads 3", "model.num_self_attention_heads = 3", "choose one of 1, 2, 4, 8"),
+        ("--model.num-self-attention-heads 5", "model.num_self_attention_heads = 5", "choose one of 1, 2, 3, 4"),
         ("--model.num-conv-layers 6", "2 ** model.num_conv_layers = 64", "choose fewer layers"),
         (
             "quickstart --search.num-self-attention-heads 3 5",
@@ -293,7 +293,7 @@ def test_a_model_section_makes_a_perceiver_config() -> None:
 BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["--train.nope", "3"], ["--train.nope", "--help"]),
     (["--train.global-batch-size", "129"], ["train.global_batch_size = 129", "train.num_workers = 2", "take 128"]),
-    (["--model.num-self-attention-heads", "3"], ["model.num_self_attention_heads = 3", "choose one of 1, 2, 4"]),
+    (["--model.num-self-attention-heads", "5"], ["model.num_self_attention_heads = 5", "choose one of 1, 2, 3, 4"]),
     (["--model.stem=patches", "--model.patch-size=5"], ["model.patch_size = 5", "32 x 32", "choose one of 1, 2, 4"]),
     (
         ["--train.num-workers=1024", "--train.global-batch-size=1024", "--train.cpus-per-worker=0.75"],

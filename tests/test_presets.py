@@ -13,6 +13,8 @@ PRESETS = {
     for f in (
         presets.quickstart,
         presets.cifar100,
+        presets.cifar100_gpu,
+        presets.cifar100_8gpu,
         presets.keras_example,
         presets.keras_example_fixed,
         presets.paper_imagenet,

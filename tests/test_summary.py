@@ -50,6 +50,9 @@ def test_a_dry_run_says_all_and_starts_nothing(tmp_path: Path) -> None:
     assert "4 trials, 1 CPU each" in text
     assert f"{cost.parameter_count(config.model):,} parameters" in text
     assert f"about {2 * cost.macs_per_image(config.model) / 1e9:.3f} GFLOPs an image" in text
+    assert "30 epochs, 38,820 images" in text  # of 1,294 rows: 1,797 less a fifth, less a tenth
+    kept = cost.activation_bytes_per_image(config.model) * 64 / 2**20
+    assert f"activations of a step about {kept:,.0f} MiB, shared by the worker" in text
     assert str(folder / "runs") in text
     assert "train.early_stopping_patience" in text
     assert list(folder.iterdir()) == [], "a dry run writes nothing, and Ray has left no session"

@@ -1,0 +1,166 @@
+"""What does a preset reach on the test images of CIFAR-100, and after how long a training?
+
+    python benchmarks/accuracy.py --archive cifar-100-python.tar.gz --record accuracy.jsonl --seeds 0 1 2
+    python benchmarks/accuracy.py --archive ... --record ... --name "25 minutes" -- --train.epochs 25
+    python benchmarks/accuracy.py --record accuracy.jsonl --figure docs/accuracy.svg
+
+Each run is the pipeline's own command up to the evaluation, `python pipeline/run.py PRESET --until evaluate`, with what
+stands behind `--` added, in a folder of its own. It reads the test images once, after the training, as they are. A
+finished run is a line of `--record`, and the same command goes on with the seeds that are missing; a run that was cut
+off begins anew, for its clock would be wrong.
+
+The time is that from the first step to the end of the last epoch, validation and checkpoints included. Ray's start, the
+data's preparation and the evaluation come on top.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import json_lines
+from rich.console import Console
+from rich.table import Table
+
+from perceiver.cost import macs_per_image, parameter_count
+from pipeline.command_line import parse
+from pipeline.config import PipelineConfig, keyed
+from pipeline.tasks import TASKS
+from pipeline.workflow import task_keys
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = 0.53  # top-1 that the Keras example reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cifar100")
+    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; without one nothing is trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--name", help="of these runs in table and figure; default: the preset")
+    parser.add_argument("--record", type=Path, required=True, help="a line of JSON for each finished run")
+    parser.add_argument("--figure", type=Path, help="draw accuracy over time there, as SVG")
+    parser.add_argument("arguments", nargs="*", help="behind --: further arguments of pipeline/run.py")
+    args = parser.parse_args()
+    rows = json_lines.read(args.record) if args.record.exists() else []
+    name = args.name or args.preset
+    for seed in args.seeds if args.archive else []:
+        given = [args.preset, *archive_arguments(args.archive), "--train.seed", str(seed), *args.arguments]
+        settings = settings_of(parse(given)[1].config)
+        if any(row["name"] == name and row["settings"] == settings for row in rows):
+            continue
+        row = {"name": name, "seed": seed, "settings": settings} | run(given)
+        json_lines.add(args.record, row)
+        rows.append(row)
+        print(f"{name}, seed {seed}: {row['test']['top1']:.2%}", file=sys.stderr, flush=True)
+    show(rows)
+    if args.figure:
+        draw(rows, args.figure)
+    print(json.dumps({"benchmark": "accuracy", "runs": rows}))
+
+
+def archive_arguments(archive: Path) -> list[str]:
+    with archive.open("rb") as file:
+        return ["--data.archive", str(archive), "--data.sha256", hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def settings_of(config: PipelineConfig) -> dict[str, Any]:
+    """All that a run's result depends on, and the workers, which decide its time."""
+    sections = {name: keyed(getattr(config, name)) for name in ("data", "model", "train")}
+    sections["train"] |= {name: getattr(config.train, name) for name in ("num_workers", "cpus_per_worker", "use_gpu")}
+    return json.loads(json.dumps(sections))  # tuples become lists
+
+
+def run(given: list[str]) -> dict[str, Any]:
+    """Runs the pipeline; its curve on the validation rows, its result on the test rows, and its times."""
+    with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
+        given = [*given, "--storage", folder]
+        summary = Path(folder) / "summary.json"
+        command = [sys.executable, str(ROOT / "pipeline" / "run.py"), *given, "--until", "evaluate"]
+        subprocess.run([*command, "--summary-json", str(summary)], check=True, stdout=sys.stderr)
+        config = parse(given)[1].config
+        key = task_keys(TASKS, config)["train"]
+        trained = json.loads((Path(folder) / "tasks" / "train" / key / "manifest.json").read_text())
+        told = json.loads(summary.read_text())
+    clock, curve = 0.0, []
+    for epoch in trained["output"]["history"]:
+        clock += epoch["seconds"] + epoch["checkpoint_seconds"]
+        curve.append(
+            {"seconds": clock}
+            | {k: epoch[k] for k in ("loss", "val_loss", "val_accuracy", "val_top5_accuracy", "images_per_second")}
+        )
+    return {
+        "test": told["test"],
+        "training_seconds": clock,
+        "task_seconds": trained["seconds"],
+        "epochs": len(curve),
+        "best_epoch": trained["output"]["best_epoch"],
+        "parameters": parameter_count(config.model),
+        "mmacs": macs_per_image(config.model) / 1e6,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "curve": curve,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A line for each name: means over its seeds, with the lowest and the highest."""
+    table = Table("runs", "seeds", "epochs", "parameters", "minutes", "images/s", "test top-1", "test top-5")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        minutes = [row["training_seconds"] / 60 for row in own]
+        speeds = [point["images_per_second"] for row in own for point in row["curve"]]
+        table.add_row(
+            name,
+            ", ".join(str(row["seed"]) for row in own),
+            f"{own[0]['epochs']:.3g}",
+            f"{own[0]['parameters']:,}",
+            _spread(minutes, "{:.1f}"),
+            f"{statistics.median(speeds):.4g}",
+            *(_spread([row["test"][top] for row in own], "{:.2%}") for top in ("top1", "top5")),
+        )
+    Console(width=150).print(table)
+
+
+def _spread(values: list[float], form: str) -> str:
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Validation accuracy over minutes, a line a run, and the test accuracy as a point at its end."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "accuracy"  # the same runs give the same bytes
+    from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    for row in rows:
+        colour = f"C{names.index(row['name'])}"
+        minutes = [0.0, *(point["seconds"] / 60 for point in row["curve"])]
+        accuracy = [1 / 100, *(point["val_accuracy"] for point in row["curve"])]
+        label = row["name"] if row is next(r for r in rows if r["name"] == row["name"]) else None
+        axes.plot(minutes, accuracy, color=colour, linewidth=1, label=label)
+        axes.plot(row["training_seconds"] / 60, row["test"]["top1"], "o", color=colour, markersize=5)
+    axes.axhline(PUBLISHED, color="grey", linestyle="--", linewidth=1)
+    told = "reported by the published example, 40 epochs on a V100"
+    axes.text(0.99, PUBLISHED - 0.03, told, color="grey", size=8, ha="right", transform=axes.get_yaxis_transform())
+    axes.set(xlabel="minutes of training on two cores", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.75))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", title="validation; points: test")
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
