@@ -103,7 +103,7 @@ class TrainingConfig:
     global_batch_size: int = 128
     """Rows of a step over all workers; `num_workers` must divide it."""
     optimizer: Literal["adam", "adamw", "lamb", "muon", "sgd"] = "adamw"
-    """Optimizer; `sgd` has a momentum of 0.9, `muon` is AdamW for all but the matrices within the model."""
+    """Optimizer; `sgd` has a momentum of 0.9, `muon` is AdamW for all but the kernels within the model."""
     learning_rate: float = 2e-3
     """Highest learning rate."""
     learning_rate_schedule: Literal["cosine", "plateau", "constant"] = "cosine"

@@ -1,4 +1,7 @@
-"""Muon (Jordan et al., 2024) whose products are as quick as a CPU can make them."""
+"""Muon (Jordan et al., 2024) for convolutions too, with products as quick as a CPU can make them."""
+
+import re
+from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
@@ -7,16 +10,32 @@ from keras import ops
 
 @keras.saving.register_keras_serializable(package="pipeline")
 class Muon(keras.optimizers.Muon):
-    """`keras.optimizers.Muon`, which orthogonalises the momentum of matrices, with the iterations in bfloat16.
+    """`keras.optimizers.Muon`, which orthogonalises the momentum of matrices.
 
-    So they are in the authors' code: the coefficients leave the singular values between 0.7 and 1.2 anyway. Nor is a
-    tall matrix transposed first. On a CPU with matrix units for bfloat16 a training step takes an eighth longer than
-    with AdamW then, and two thirds longer with Keras's Muon (docs/results.md).
+    Two things are as in the authors' code and not as in Keras:
+
+    - The kernel of a convolution, (height, width, in, out), is a matrix of height * width * in rows. Keras leaves it to
+      AdamW.
+    - The iterations are in bfloat16: their coefficients leave the singular values between 0.7 and 1.2 anyway. Nor is a
+      tall matrix transposed first. On a CPU with matrix units for bfloat16 a training step takes an eighth longer than
+      with AdamW then, and two thirds longer with Keras's Muon (docs/results.md).
     """
 
+    def build(self, variables: list[Any]) -> None:
+        super().build(variables)
+        for i, variable in enumerate(variables):
+            if len(variable.shape) == 4 and not any(re.search(name, variable.path) for name in self.exclude_layers):
+                self.adam_velocities[i] = None  # by which Keras knows whose step is Muon's
+
+    def lr_adjust(self, x: Tensor) -> Tensor:
+        """Scales a step so that its elements are as large as Adam's (Liu et al., 2025, arXiv:2502.16982)."""
+        return ops.reshape(super().lr_adjust(_matrix(x)), x.shape)
+
     def zeropower_via_newtonschulz5(self, x: Tensor, steps: int) -> Tensor:
-        """(m, n) -> (m, n) in the same dtype, all singular values near 1."""
-        dtype, is_tall = x.dtype, x.shape[0] > x.shape[1]
+        """(..., n) -> (..., n) in the same dtype; as a matrix of n columns it has all singular values near 1."""
+        shape, dtype = x.shape, x.dtype
+        x = _matrix(x)
+        is_tall = x.shape[0] > x.shape[1]
         a, b, c = self.muon_a, self.muon_b, self.muon_c
         x = ops.cast(x / (ops.norm(x) + 1e-7), "bfloat16")
         for _ in range(steps):
@@ -24,4 +43,8 @@ class Muon(keras.optimizers.Muon):
             gram = ops.matmul(ops.transpose(x), x) if is_tall else ops.matmul(x, ops.transpose(x))
             polynomial = b * gram + c * ops.matmul(gram, gram)
             x = a * x + (ops.matmul(x, polynomial) if is_tall else ops.matmul(polynomial, x))
-        return ops.cast(x, dtype)
+        return ops.reshape(ops.cast(x, dtype), shape)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return ops.reshape(x, (-1, x.shape[-1]))

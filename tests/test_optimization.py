@@ -44,7 +44,7 @@ def test_weight_decay_acts_on_kernels_alone(
         np.testing.assert_allclose(variable, np.full(variable.shape, expected), rtol=1e-6, err_msg=variable.path)
 
 
-def test_muon_is_for_the_matrices_within_the_model() -> None:
+def test_muon_is_for_the_matrices_and_convolutions_within_the_model() -> None:
     """Muon's step is (nearly) orthogonal, that of Adam has, at first, the learning rate in every element."""
     model = small_perceiver()
     made = optimizer(replace(CONFIG, optimizer="muon", weight_decay=0.0), model, steps_per_epoch=10)
@@ -57,11 +57,12 @@ def test_muon_is_for_the_matrices_within_the_model() -> None:
         if np.allclose(np.abs(step), 1, atol=0.05):
             continue
         muons.append(variable)
+        step = step.reshape(-1, step.shape[-1])
         singular = np.linalg.svd(step / (0.2 * np.sqrt(max(step.shape))), compute_uv=False)
         assert 0.6 < singular.min() <= singular.max() < 1.3, variable.path
-    matrices = [v for v in variables if v.name == "kernel" and v.ndim == 2 and v is not model.logits.kernel]
-    assert [v.path for v in muons] == [v.path for v in matrices]
-    assert 0 < len(muons) < sum(v.ndim == 2 for v in variables), "latents and the classifier are matrices too"
+    kernels = [v for v in variables if v.name == "kernel" and v is not model.logits.kernel]
+    assert {v.ndim for v in kernels} == {2, 4}
+    assert [v.path for v in muons] == [v.path for v in kernels], "not the latents, nor the classifier"
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 48), (48, 24)])
@@ -69,6 +70,10 @@ def test_muon_orthogonalises_as_that_of_keras(shape: tuple[int, int]) -> None:
     matrix = tf.constant(np.random.default_rng(0).normal(size=shape), "float32")
     found, expected = (
         np.asarray(kind(0.1).zeropower_via_newtonschulz5(matrix, 5)) for kind in (Muon, keras.optimizers.Muon)
+    )
+    kernel = tf.reshape(matrix, (2, 2, -1, shape[1]))
+    np.testing.assert_array_equal(
+        tf.reshape(Muon(0.1).zeropower_via_newtonschulz5(kernel, 5), shape), found, "as a convolution's kernel"
     )
     assert found.dtype == expected.dtype
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
