@@ -38,9 +38,11 @@ class PerceiverConfig:
     patch_size: int = 4
     """Side in pixels of a square patch, for the `patches` stem."""
     num_conv_layers: int = 2
-    """3 x 3 convolutions in the `conv` stem; each is followed by a 2 x 2 max-pooling, so each halves both sides."""
+    """3 x 3 convolutions in the `conv` stem; each is followed by a max-pooling that halves both sides."""
     conv_channels: int = 64
     """Channels of every convolution of the `conv` stem but the last, which has `data_dim` channels."""
+    conv_pool_size: int = 2
+    """Side of the windows of the `conv` stem's max-pooling, which are 2 apart: above 2 they overlap."""
     data_dim: int | None = 128
     """Width C to which rows of the data array are projected before positions are joined; None leaves them as wide
     as the stem made them."""
@@ -143,6 +145,7 @@ class PerceiverConfig:
                 _require(value in get_args(hint), name, value, f"choose one of {', '.join(get_args(hint))}")
             elif hint in (int, int | None) and name not in ("seed", "num_classes") and value is not None:
                 _require(value >= 1, name, value, "give at least 1")
+        _require(self.conv_pool_size >= 2, "conv_pool_size", self.conv_pool_size, "give at least 2, the stride")
         _require(self.num_classes >= 2, "num_classes", self.num_classes, "give at least 2")
         _require(
             len(self.image_shape) == 3 and min(self.image_shape) >= 1,

@@ -68,7 +68,12 @@ class Perceiver(keras.Model):
         self.normalization.build((None, *config.image_shape))
         if config.stem == "conv":
             self.stem = ConvStem(
-                config.num_conv_layers, config.conv_channels, config.data_dim, name="stem", dtype=dtype
+                config.num_conv_layers,
+                config.conv_channels,
+                config.data_dim,
+                config.conv_pool_size,
+                name="stem",
+                dtype=dtype,
             )
         else:
             patch_size = config.patch_size if config.stem == "patches" else 1

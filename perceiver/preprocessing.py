@@ -109,7 +109,7 @@ class PatchStem(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class ConvStem(keras.layers.Layer):
-    """3 x 3 convolutions, each followed by a 2 x 2 max-pooling and a ReLU; a cell of the last map is a row.
+    """3 x 3 convolutions, each followed by a max-pooling with stride 2 and a ReLU; a cell of the last map is a row.
 
     ReLU comes after the pooling, with which it commutes: a quarter of the work.
 
@@ -117,6 +117,7 @@ class ConvStem(keras.layers.Layer):
         num_layers: convolutions; each halves both sides.
         channels: of every convolution but the last.
         units: channels of the last; None: `channels`.
+        pool_size: side of the pooling's windows; above 2 they overlap.
 
     Call: (B, H, W, channels) -> (B, H W / 4**num_layers, units).
 
@@ -125,11 +126,14 @@ class ConvStem(keras.layers.Layer):
         (1, 4, 32)
     """
 
-    def __init__(self, num_layers: int = 2, channels: int = 64, units: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, num_layers: int = 2, channels: int = 64, units: int | None = None, pool_size: int = 2, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.num_layers = num_layers
         self.channels = channels
         self.units = units
+        self.pool_size = pool_size
 
     def build(self, input_shape: Shape) -> None:
         widths = [self.channels] * (self.num_layers - 1) + [self.units or self.channels]
@@ -152,7 +156,8 @@ class ConvStem(keras.layers.Layer):
     def call(self, images: Tensor) -> Tensor:
         x = images
         for convolution in self.convolutions:
-            x = ops.max_pool(convolution(x), 2, strides=2, data_format="channels_last")
+            x = convolution(x)
+            x = ops.max_pool(x, self.pool_size, strides=2, padding="same", data_format="channels_last")
             x = ops.relu(x)
         return ops.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
 
@@ -167,4 +172,5 @@ class ConvStem(keras.layers.Layer):
             "num_layers": self.num_layers,
             "channels": self.channels,
             "units": self.units,
+            "pool_size": self.pool_size,
         }

@@ -58,6 +58,7 @@ from perceiver import PerceiverConfig
             "pass",
         ),
         ({"num_latents": 0}, "model.num_latents = 0: give at least 1"),
+        ({"conv_pool_size": 1}, "model.conv_pool_size = 1: give at least 2, the stride"),
         ({"attention_chunk_size": 0}, "model.attention_chunk_size = 0: give at least 1"),
         ({"num_classes": 1}, "model.num_classes = 1: give at least 2"),
         ({"dropout": 1.0}, "model.dropout = 1.0: give a rate in [0, 1)"),

@@ -47,12 +47,14 @@ def test_patches_are_those_of_keras(patch_size: int) -> None:
     np.testing.assert_array_equal(outputs, keras.ops.reshape(expected, outputs.shape))
 
 
-def test_conv_stem_pools_before_relu_with_the_same_result() -> None:
-    stem = ConvStem(2, 4, units=6)
+@pytest.mark.parametrize("pool_size", [2, 3])
+def test_conv_stem_pools_before_relu_with_the_same_result(pool_size: int) -> None:
+    stem = ConvStem(2, 4, units=6, pool_size=pool_size)
     outputs = stem(_FLOATS)
     x = _FLOATS
     for convolution in stem.convolutions:
-        x = keras.ops.max_pool(keras.ops.relu(convolution(x)), 2, data_format="channels_last")
+        x = keras.ops.relu(convolution(x))
+        x = keras.ops.max_pool(x, pool_size, strides=2, padding="same", data_format="channels_last")
     np.testing.assert_array_equal(outputs, keras.ops.reshape(x, (2, 6, 6)))
 
 
@@ -62,7 +64,7 @@ def test_conv_stem_pools_before_relu_with_the_same_result() -> None:
         (lambda **kw: ImageNormalization((0.5, 0.4, 0.3), (0.2, 0.3, 0.4), (16, 16), **kw), _IMAGES),
         (lambda **kw: PatchStem(4, 5, **kw), _FLOATS),
         (lambda **kw: PatchStem(**kw), _FLOATS),
-        (lambda **kw: ConvStem(2, 4, 6, **kw), _FLOATS),
+        (lambda **kw: ConvStem(2, 4, 6, 3, **kw), _FLOATS),
     ],
 )
 def test_layers(make: Callable[[], keras.layers.Layer], images: np.ndarray, tmp_path: Path) -> None:
