@@ -246,7 +246,7 @@ def feed(kind: Feed, job: Job) -> Any:
     settings, rows = job.config.train, job.train
     if kind == "generator":
         return tf.data.Dataset.from_generator(
-            lambda: train_batches(rows, settings, rank=0, num_workers=1),
+            lambda: train_batches(rows, settings, job.config.model.num_classes, rank=0, num_workers=1),
             output_signature=(
                 tf.TensorSpec((settings.global_batch_size, *rows.images.shape[1:]), tf.uint8),
                 tf.TensorSpec((settings.global_batch_size,), tf.int32),

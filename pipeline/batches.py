@@ -66,7 +66,14 @@ def augment(images: np.ndarray, rng: np.random.Generator, settings: TrainingConf
 
 
 def train_batches(
-    data: ImageArrays, settings: TrainingConfig, *, rank: int, num_workers: int, epoch: int = 0, step: int = 0
+    data: ImageArrays,
+    settings: TrainingConfig,
+    num_classes: int,
+    *,
+    rank: int,
+    num_workers: int,
+    epoch: int = 0,
+    step: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless augmented batches of one worker, from (epoch, step) on.
 
@@ -75,7 +82,8 @@ def train_batches(
     microseconds and makes the batches of all ranks together the same for any number of workers.
 
     Yields:
-        Images uint8 (G / num_workers, H, W, C) and labels int32 (G / num_workers,).
+        Images uint8 (G / num_workers, H, W, C) and labels int32 (G / num_workers,); with `settings.cutmix` instead of
+        labels the shares of all classes, float32 (G / num_workers, num_classes).
 
     Raises:
         ValueError: if G cannot be divided among the workers, or is more than there are rows.
@@ -89,20 +97,33 @@ def train_batches(
     num_steps = steps_per_epoch(len(data.labels), size)
     epoch, step = epoch + step // num_steps, step % num_steps
     own = slice(rank * (size // num_workers), (rank + 1) * (size // num_workers))
-    return _endless(data, settings, own, num_steps, epoch, step)
+    return _endless(data, settings, num_classes, own, num_steps, epoch, step)
 
 
 def _endless(
-    data: ImageArrays, settings: TrainingConfig, own: slice, num_steps: int, epoch: int, step: int
+    data: ImageArrays,
+    settings: TrainingConfig,
+    num_classes: int,
+    own: slice,
+    num_steps: int,
+    epoch: int,
+    step: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = settings.global_batch_size
     while True:
         order = epoch_order(len(data.labels), settings.seed, epoch)
         for batch in range(step, num_steps):
-            rows = order[batch * size : (batch + 1) * size][own]
+            rows = order[batch * size : (batch + 1) * size]
             rng = np.random.default_rng([settings.seed, epoch, batch])
-            augmentation = _Augmentation.draw(size, rng, settings).rows(own)
-            yield _augment_rows(data.images, rows, augmentation), data.labels[rows]
+            augmentation = _Augmentation.draw(size, rng, settings)
+            images, labels = _augment_rows(data.images, rows[own], augmentation.rows(own)), data.labels[rows[own]]
+            if settings.cutmix:
+                mix = _CutMix.draw(size, data.images.shape[1:3], rng, settings.cutmix).rows(own)
+                others = rows[mix.partners]
+                pieces = _augment_rows(data.images, others, augmentation.rows(mix.partners))
+                images = np.where(mix.masks(), pieces, images)
+                labels = mix.targets(labels, data.labels[others], num_classes)
+            yield images, labels
         epoch, step = epoch + 1, 0
 
 
@@ -152,7 +173,7 @@ class _Augmentation:
             zooms=rng.uniform(1 - zoom, 1 + zoom, (size, 2)).astype(np.float32) if zoom else None,
         )
 
-    def rows(self, rows: slice) -> _Augmentation:
+    def rows(self, rows: slice | np.ndarray) -> _Augmentation:
         """The augmentation of these images alone."""
         parts = (self.corners, self.flips, self.zooms)
         return _Augmentation(self.padding, *(None if part is None else part[rows] for part in parts))
@@ -194,3 +215,43 @@ def _zoom(images: np.ndarray, zooms: np.ndarray) -> np.ndarray:
         images.astype(np.float32), transform, fill_mode="reflect", data_format="channels_last"
     )
     return np.clip(np.rint(keras.ops.convert_to_numpy(zoomed)), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _CutMix:
+    """Which part of each image of a batch comes from which other one (Yun et al., 2019, arXiv:1905.04899)."""
+
+    partners: np.ndarray
+    """int (B,): place in the batch of the other image."""
+    boxes: np.ndarray
+    """int (B, 4): top, bottom, left and right of the part that comes from it; empty where nothing does."""
+    size: tuple[int, int]
+    """Height and width of an image."""
+
+    @classmethod
+    def draw(cls, count: int, size: tuple[int, int], rng: np.random.Generator, share: float) -> _CutMix:
+        """As in the paper with alpha = 1: areas uniform in [0, 1], middles anywhere, and the border cuts off."""
+        partners = rng.permutation(count)
+        is_mixed = rng.random(count) < share
+        half_sides = np.sqrt(rng.random(count) * is_mixed)[:, None] * size / 2
+        middles = rng.random((count, 2)) * size
+        low, high = (np.clip(np.rint(x), 0, size).astype(int) for x in (middles - half_sides, middles + half_sides))
+        return cls(partners, np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=1), size)
+
+    def rows(self, rows: slice) -> _CutMix:
+        """The part that has to do with these images; their partners may be any image of the batch."""
+        return _CutMix(self.partners[rows], self.boxes[rows], self.size)
+
+    def masks(self) -> np.ndarray:
+        """bool (B, H, W, 1): true where a pixel comes from the other image."""
+        top, bottom, left, right = (side[:, None] for side in self.boxes.T)
+        down, across = (np.arange(length) for length in self.size)
+        rows, columns = (down >= top) & (down < bottom), (across >= left) & (across < right)
+        return (rows[:, :, None] & columns[:, None, :])[..., None]
+
+    def targets(self, labels: np.ndarray, others: np.ndarray, num_classes: int) -> np.ndarray:
+        """float32 (B, num_classes): each class's share of the image, by area."""
+        top, bottom, left, right = self.boxes.T
+        share = ((bottom - top) * (right - left) / np.prod(self.size)).astype(np.float32)[:, None]
+        classes = np.arange(num_classes)
+        return (labels[:, None] == classes) * (1 - share) + (others[:, None] == classes) * share

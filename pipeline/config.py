@@ -124,6 +124,8 @@ class TrainingConfig:
     """Mirror training images left to right at random."""
     random_zoom: float = 0.0
     """Largest relative zoom of training images in height and in width; 0 turns it off."""
+    cutmix: float = 0.0
+    """Share of the training images that get a rectangle of another one, and its label by area; 0 turns it off."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy."""
     jit_compile: bool = False
@@ -155,6 +157,7 @@ class TrainingConfig:
             _require(0 <= value < math.inf, f"train.{name}", value, "give 0 or more")
         for name in ("label_smoothing", "random_zoom"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "give 0 or more, below 1")
+        _require(0 <= self.cutmix <= 1, "train.cutmix", self.cutmix, "give a share from 0 to 1")
         # An alias may come to mean another version, but a task's key says for ever what came out of it.
         pinned = self.initial_model is None or re.fullmatch(r"models:/[^/@:]+/[0-9]+", self.initial_model)
         _require(bool(pinned), "train.initial_model", self.initial_model, "give models:/NAME/VERSION, no alias")

@@ -22,7 +22,7 @@ from pipeline import checkpoint, multiworker
 from pipeline.batches import ImageArrays, evaluation_slices, steps_per_epoch, train_batches
 from pipeline.checkpoint import Progress
 from pipeline.config import TrainingConfig
-from pipeline.optimization import PLATEAU_FACTOR, SmoothedCrossEntropy, optimizer
+from pipeline.optimization import PLATEAU_FACTOR, SmoothedCrossEntropy, TopKAccuracy, optimizer
 from pipeline.throughput import StepClock, StepReporter, matmul_peak
 
 MODEL_FILE = "model.keras"
@@ -103,10 +103,7 @@ def fit(
         model.compile(
             optimizer=optimizer(config, model, steps),
             loss=SmoothedCrossEntropy(config.label_smoothing),
-            metrics=[
-                keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-                keras.metrics.SparseTopKCategoricalAccuracy(k=5, name="top5_accuracy"),
-            ],
+            metrics=[TopKAccuracy(1, name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
             jit_compile=config.jit_compile,
         )
         if worker.initial_model and not worker.resume_from:
@@ -141,7 +138,15 @@ def fit(
         # An epoch that was cut off in the middle has fewer steps left than the others, so it is a `fit` of its own.
         steps_left = steps - progress.step
         until = config.epochs if progress.step == 0 else progress.epoch + 1
-        batches = _training(train, config, worker, progress)
+        batches = training_dataset(
+            train,
+            config,
+            model_config.num_classes,
+            rank=worker.rank,
+            num_workers=worker.num_workers,
+            epoch=progress.epoch,
+            step=progress.step,
+        )
         model.fit(
             multiworker.distribute(batches, strategy),
             initial_epoch=progress.epoch,
@@ -278,16 +283,22 @@ def _state(callback: keras.callbacks.Callback) -> dict[str, float | None]:
     return {name: None if value is None else float(value) for name, value in values.items()}
 
 
-def _training(train: ImageArrays, config: TrainingConfig, worker: Worker, progress: Progress) -> tf.data.Dataset:
-    """This worker's share of the global batches from where `progress` is, without end: (b, H, W, C) uint8, (b,)."""
-    share = config.global_batch_size // worker.num_workers
-    epoch, step = progress.epoch, progress.step
+def training_dataset(
+    train: ImageArrays,
+    config: TrainingConfig,
+    num_classes: int,
+    *,
+    rank: int = 0,
+    num_workers: int = 1,
+    epoch: int = 0,
+    step: int = 0,
+) -> tf.data.Dataset:
+    """What `train_batches` yields, without end."""
+    share = config.global_batch_size // num_workers
+    truth = tf.TensorSpec((share, num_classes), tf.float32) if config.cutmix else tf.TensorSpec((share,), tf.int32)
     batches = tf.data.Dataset.from_generator(
-        lambda: train_batches(train, config, rank=worker.rank, num_workers=worker.num_workers, epoch=epoch, step=step),
-        output_signature=(
-            tf.TensorSpec((share, *train.images.shape[1:]), tf.uint8),
-            tf.TensorSpec((share,), tf.int32),
-        ),
+        lambda: train_batches(train, config, num_classes, rank=rank, num_workers=num_workers, epoch=epoch, step=step),
+        output_signature=(tf.TensorSpec((share, *train.images.shape[1:]), tf.uint8), truth),
     )
     # The generator has no end. TensorFlow does not know, and would ask all workers in every step for another batch.
     return batches.repeat().prefetch(PREFETCHED_BATCHES).with_options(_untuned())

@@ -14,9 +14,10 @@ PLATEAU_FACTOR = 0.2
 
 @keras.saving.register_keras_serializable(package="pipeline")
 class SmoothedCrossEntropy(keras.losses.Loss):
-    """Softmax cross-entropy of integer labels (B,) and logits (B, K) with label smoothing (Szegedy et al., 2016).
+    """Softmax cross-entropy of logits (B, K) with label smoothing (Szegedy et al., 2016).
 
-    Keras smooths one-hot labels only, but top-k accuracies are wanted on integer ones.
+    The truth is either integer labels (B,), which Keras does not smooth, or, for mixed images, every class's share
+    (B, K).
     """
 
     def __init__(self, label_smoothing: float = 0.0, name: str = "cross_entropy", **kwargs: object) -> None:
@@ -25,12 +26,28 @@ class SmoothedCrossEntropy(keras.losses.Loss):
 
     def call(self, y_true, y_pred):  # type: ignore[no-untyped-def]
         num_classes = y_pred.shape[-1]
-        targets = ops.one_hot(ops.cast(ops.reshape(y_true, (-1,)), "int32"), num_classes, dtype=y_pred.dtype)
+        if y_true.shape[1:] == (num_classes,):
+            targets = ops.cast(y_true, y_pred.dtype)
+        else:
+            targets = ops.one_hot(ops.cast(ops.reshape(y_true, (-1,)), "int32"), num_classes, dtype=y_pred.dtype)
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_classes
         return ops.categorical_crossentropy(targets, y_pred, from_logits=True)
 
     def get_config(self) -> dict[str, object]:
         return {**super().get_config(), "label_smoothing": self.label_smoothing}
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class TopKAccuracy(keras.metrics.SparseTopKCategoricalAccuracy):
+    """Share of rows whose label is among the k highest logits; of a mixed image, that of the larger part.
+
+    The truth is as `SmoothedCrossEntropy` takes it.
+    """
+
+    def update_state(self, y_true, y_pred, sample_weight=None):  # type: ignore[no-untyped-def]
+        if y_true.shape[1:] == (y_pred.shape[-1],):
+            y_true = ops.argmax(y_true, axis=-1)
+        super().update_state(y_true, y_pred, sample_weight)
 
 
 def learning_rate(

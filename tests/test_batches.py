@@ -14,6 +14,8 @@ PLAIN = TrainingConfig(
     num_workers=1, global_batch_size=8, random_crop_padding=0, random_flip=False, random_zoom=0.0, seed=5
 )
 AUGMENTED = replace(PLAIN, random_crop_padding=4, random_flip=True, random_zoom=0.2)
+MIXED = replace(AUGMENTED, cutmix=0.7)
+NUM_CLASSES = 37
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_steps_are_full_batches() -> None:
 
 
 def test_batches_are_the_rows_of_the_epoch_order(data: ImageArrays) -> None:
-    batches = train_batches(data, PLAIN, rank=0, num_workers=1)
+    batches = train_batches(data, PLAIN, NUM_CLASSES, rank=0, num_workers=1)
     for epoch in range(3):
         order = epoch_order(37, PLAIN.seed, epoch)
         for step in range(4):
@@ -55,12 +57,14 @@ def test_batches_are_the_rows_of_the_epoch_order(data: ImageArrays) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
-@pytest.mark.parametrize("settings", [PLAIN, AUGMENTED], ids=["plain", "augmented"])
+@pytest.mark.parametrize("settings", [PLAIN, AUGMENTED, MIXED], ids=["plain", "augmented", "mixed"])
 def test_all_ranks_together_see_what_one_worker_sees(
     data: ImageArrays, settings: TrainingConfig, num_workers: int
 ) -> None:
-    single = islice(train_batches(data, settings, rank=0, num_workers=1), 6)
-    ranks = [train_batches(data, settings, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
+    single = islice(train_batches(data, settings, NUM_CLASSES, rank=0, num_workers=1), 6)
+    ranks = [
+        train_batches(data, settings, NUM_CLASSES, rank=rank, num_workers=num_workers) for rank in range(num_workers)
+    ]
     for images, labels in single:
         parts = [next(rank) for rank in ranks]
         assert {len(part) for _, part in parts} == {8 // num_workers}
@@ -70,8 +74,8 @@ def test_all_ranks_together_see_what_one_worker_sees(
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 3), (1, 0), (1, 2), (0, 4), (0, 6)])
 def test_a_resumed_run_sees_what_an_unbroken_one_does(data: ImageArrays, epoch: int, step: int) -> None:
-    unbroken = islice(train_batches(data, AUGMENTED, rank=1, num_workers=2), 4 * epoch + step, 12)
-    resumed = train_batches(data, AUGMENTED, rank=1, num_workers=2, epoch=epoch, step=step)
+    unbroken = islice(train_batches(data, MIXED, NUM_CLASSES, rank=1, num_workers=2), 4 * epoch + step, 12)
+    resumed = train_batches(data, MIXED, NUM_CLASSES, rank=1, num_workers=2, epoch=epoch, step=step)
     for (images, labels), (images_again, labels_again) in zip(unbroken, resumed, strict=False):
         np.testing.assert_array_equal(images_again, images)
         np.testing.assert_array_equal(labels_again, labels)
@@ -79,7 +83,7 @@ def test_a_resumed_run_sees_what_an_unbroken_one_does(data: ImageArrays, epoch: 
 
 def test_an_indivisible_batch_names_both_numbers(data: ImageArrays) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch_size = 8 cannot .* train\.num_workers = 3"):
-        train_batches(data, PLAIN, rank=0, num_workers=3)
+        train_batches(data, PLAIN, NUM_CLASSES, rank=0, num_workers=3)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
@@ -145,3 +149,48 @@ def test_zoom_is_that_of_keras() -> None:
 def test_zoom_keeps_a_flat_image_flat() -> None:
     images = np.full((4, 9, 7, 1), 255, np.uint8)
     np.testing.assert_array_equal(augment(images, np.random.default_rng(0), replace(PLAIN, random_zoom=0.5)), images)
+
+
+def mixed_batch(data: ImageArrays, settings: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
+    return next(train_batches(data, replace(settings, global_batch_size=37), NUM_CLASSES, rank=0, num_workers=1))
+
+
+def test_a_mixed_image_is_a_rectangle_of_one_in_another_and_its_target_their_areas(data: ImageArrays) -> None:
+    areas = []
+    for seed in range(8):
+        images, targets = mixed_batch(data, replace(PLAIN, cutmix=1.0, seed=seed))
+        rows = epoch_order(37, seed, 0)
+        assert targets.dtype == np.float32
+        np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+        for image, target, row in zip(images, targets, rows, strict=True):
+            foreign = (image != data.images[row]).any(-1)
+            others = set(np.flatnonzero(target)) - {row}
+            if not foreign.any():
+                assert target[row] == 1
+                continue
+            (other,) = others
+            down, across = np.flatnonzero(foreign.any(1)), np.flatnonzero(foreign.any(0))
+            box = np.s_[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+            np.testing.assert_array_equal(image[box], data.images[other][box])
+            assert target[other] == pytest.approx(image[box].shape[0] * image[box].shape[1] / 32**2)
+            areas.append(target[other])
+    # Before the border cuts off, areas are uniform; so are they small ones more often than large ones.
+    assert 0.25 < np.mean(areas) < 0.45
+    assert np.max(areas) > 0.8
+
+
+def test_both_parts_of_a_mixed_image_are_augmented(data: ImageArrays) -> None:
+    """An image whose columns are mirrored differs from itself mirrored; all that is in a batch is one or the other."""
+    images, targets = mixed_batch(data, replace(PLAIN, cutmix=1.0, random_flip=True))
+    sources = np.stack([data.images, data.images[:, :, ::-1]])
+    mirrored_pieces = 0
+    for image, target in zip(images, targets, strict=True):
+        same = (image == sources).all(-1)  # (2, 37, 32, 32): which pixels may come from which image
+        assert same[:, np.flatnonzero(target)].any((0, 1)).all()
+        mirrored_pieces += int(same[1, np.flatnonzero(target)].sum() > 100)
+    assert mirrored_pieces > 10
+
+
+def test_the_share_of_mixed_images_is_as_set(data: ImageArrays) -> None:
+    mixed = [(mixed_batch(data, replace(PLAIN, cutmix=0.3, seed=seed))[1].max(1) < 1).mean() for seed in range(20)]
+    assert 0.2 < np.mean(mixed) < 0.35

@@ -173,6 +173,7 @@ def test_what_the_data_decide_is_no_option(option: str, capsys: pytest.CaptureFi
         ("--train.weight-decay nan", "train.weight_decay = nan", "give 0 or more"),
         ("--train.warmup-epochs -1", "train.warmup_epochs = -1.0", "give 0 or more"),
         ("--train.label-smoothing 1", "train.label_smoothing = 1.0", "below 1"),
+        ("--train.cutmix 1.5", "train.cutmix = 1.5", "0 to 1"),
         ("--train.random-zoom nan", "train.random_zoom = nan", "below 1"),
         ("--train.epochs 0", "train.epochs = 0", "give at least 1"),
         ("--train.max-failures -1", "train.max_failures = -1", "give 0 or more"),

@@ -131,7 +131,8 @@ def test_two_workers_train_as_one_does_with_momentum(run: Run) -> None:
 
 def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
     # A key's bias shifts all logits of a query alike: its true gradient is zero, and Adam divides rounding by rounding.
-    one, two = run(1, ADAMW), run(2, ADAMW)
+    mixed = ADAMW | {"cutmix": 0.5}
+    one, two = run(1, mixed), run(2, mixed)
     assert_same_training(one, two, 1e-5, without="key/bias")
 
 
@@ -157,7 +158,7 @@ def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that
 @pytest.mark.slow
 def test_six_epochs_are_three_and_three_and_what_is_left_of_a_kill_in_the_fourth(run: Run) -> None:
     settings, dropout = (
-        ADAMW | {"epochs": 6, "label_smoothing": 0.1, "deterministic": True},
+        ADAMW | {"epochs": 6, "label_smoothing": 0.1, "cutmix": 0.5, "deterministic": True},
         {"dropout": 0.1, "seed": 3},
     )
     straight = run(2, settings, dropout)

@@ -12,7 +12,7 @@ from tiny_perceivers import TINY
 from perceiver import Perceiver
 from pipeline.config import TrainingConfig
 from pipeline.muon import Muon
-from pipeline.optimization import SmoothedCrossEntropy, learning_rate, optimizer
+from pipeline.optimization import SmoothedCrossEntropy, TopKAccuracy, learning_rate, optimizer
 
 OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
 CONFIG = TrainingConfig(learning_rate=0.1, learning_rate_schedule="constant", weight_decay=0.5)
@@ -87,8 +87,20 @@ def test_smoothing_is_that_of_one_hot_labels() -> None:
     for smoothing in (0.0, 0.2):
         expected = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
         found = SmoothedCrossEntropy(smoothing)
+        for truth in (np.eye(5)[labels], random.dirichlet(np.ones(5), 7).astype("float32")):
+            np.testing.assert_allclose(found(truth, logits), expected(truth, logits), rtol=1e-6)
         np.testing.assert_allclose(found(labels, logits), expected(np.eye(5)[labels], logits), rtol=1e-6)
     assert SmoothedCrossEntropy.from_config(SmoothedCrossEntropy(0.2).get_config()).label_smoothing == 0.2
+
+
+def test_of_a_mixed_image_the_larger_part_is_the_label() -> None:
+    logits = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]], "float32")
+    targets = np.array([[0.7, 0.3, 0, 0], [0, 0, 0.6, 0.4], [0.4, 0, 0, 0.6]], "float32")
+    for truth in (targets, np.array([0, 2, 3])):
+        for k, expected in ((1, 1 / 3), (2, 2 / 3), (4, 1)):
+            metric = TopKAccuracy(k)
+            metric.update_state(truth, logits)
+            assert float(metric.result()) == pytest.approx(expected)
 
 
 def test_cosine_warms_up_and_ends_at_zero() -> None:
