@@ -1,7 +1,8 @@
 """What does each choice of shape or recipe bring, at equal cost?
 
-    python benchmarks/ablations.py shapes --archive cifar-100-python.tar.gz --record ablations.jsonl
-    python benchmarks/ablations.py recipe --archive ... --steps 2000 --only muon bfloat16
+    python benchmarks/ablations.py cifar100 --archive cifar-100-python.tar.gz --record ablations.jsonl
+    python benchmarks/ablations.py cifar100 --archive ... --steps 2000 --only "no CutMix" AdamW
+    python benchmarks/ablations.py paper --archive ... --equal steps --seeds 0 1 2
     python benchmarks/ablations.py digits --steps 900 --seeds 0 1 2
 
 A study begins with a preset, some of whose settings it may change: its base. Each variant changes some more. The budget
@@ -33,7 +34,7 @@ from rich.table import Table
 from turns import Answer, Contestant
 
 from perceiver.cost import macs_per_image, parameter_count
-from pipeline.batches import ImageArrays, train_batches
+from pipeline.batches import ImageArrays
 from pipeline.config import PipelineConfig, keyed
 from pipeline.datasets import load
 from pipeline.preprocess import stratified_split
@@ -59,45 +60,22 @@ class Study:
     variants: dict[str, Changes]
 
 
-# The preset before the studies, so that their records stay good when it changes.
-FORMER_PRESET: Changes = {
-    "model.num_latents": 32,
-    "model.latent_dim": 128,
-    "model.conv_channels": 64,
-    "model.num_iterations": 2,
-    "model.num_self_attention_blocks": 2,
-    "model.num_self_attention_heads": 4,
-    "model.num_cross_attention_heads": 4,
-    "model.share_weights": True,
-    "train.optimizer": "adamw",
-    "train.learning_rate": 2e-3,
-    "train.weight_decay": 0.05,
-    "train.global_batch_size": 128,
-    "train.label_smoothing": 0.1,
-    "train.precision": "float32",
-    "train.early_stopping_patience": 15,
-}
-
 STUDIES = {
-    "shapes": Study(
+    "cifar100": Study(
         "cifar100",
-        FORMER_PRESET | {"train.precision": "mixed_bfloat16", "train.optimizer": "muon"},
+        {},
         {
-            "64 latents": {"model.num_latents": 64},
-            "16 latents": {"model.num_latents": 16},
-            "16 latents of 192": {"model.num_latents": 16, "model.latent_dim": 192},
-            "16 latents of 256": {"model.num_latents": 16, "model.latent_dim": 256},
-            "16 latents of 192, 128 channels": {
-                "model.num_latents": 16,
-                "model.latent_dim": 192,
-                "model.conv_channels": 128,
-            },
-            "latents of 192": {"model.latent_dim": 192},
+            "8 latents": {"model.num_latents": 8},
+            "32 latents": {"model.num_latents": 32},
+            "latents of 128": {"model.latent_dim": 128},
+            "latents of 256": {"model.latent_dim": 256},
             "4 iterations of 1 block": {"model.num_iterations": 4, "model.num_self_attention_blocks": 1},
             "1 iteration of 4 blocks": {"model.num_iterations": 1, "model.num_self_attention_blocks": 4},
             "iterations do not share": {"model.share_weights": False},
+            "1 head in the cross-attention": {"model.num_cross_attention_heads": 1},
             "32 channels in the stem": {"model.conv_channels": 32},
             "128 channels in the stem": {"model.conv_channels": 128},
+            "pooling does not overlap": {"model.conv_pool_size": 2},
             "4 x 4 patches": {"model.stem": "patches"},
             "4 x 4 patches, Fourier": {
                 "model.stem": "patches",
@@ -107,29 +85,22 @@ STUDIES = {
             "Fourier positions": {"model.position_encoding": "fourier", "model.position_combination": "concat"},
             "query head": {"model.head": "query"},
             "tanh GELU": {"model.approximate_gelu": True},
-            "AdamW": {"train.optimizer": "adamw"},
-            "Muon, 4e-3": {"train.learning_rate": 4e-3},
-        },
-    ),
-    "recipe": Study(
-        "cifar100",
-        FORMER_PRESET,
-        {
+            "dropout 0.1": {"model.dropout": 0.1},
+            "AdamW": {"train.optimizer": "adamw", "train.learning_rate": 2e-3},
             "LAMB": {"train.optimizer": "lamb", "train.learning_rate": 1e-2},
-            "Muon": {"train.optimizer": "muon"},
-            "Muon, 4e-3": {"train.optimizer": "muon", "train.learning_rate": 4e-3},
-            "1e-3": {"train.learning_rate": 1e-3},
-            "4e-3": {"train.learning_rate": 4e-3},
-            "weight decay 0.1": {"train.weight_decay": 0.1},
+            "2e-3": {"train.learning_rate": 2e-3},
+            "8e-3": {"train.learning_rate": 8e-3},
+            "weight decay 0.2": {"train.weight_decay": 0.2},
             "weight decay 0.01": {"train.weight_decay": 0.01},
-            "batch of 256": {"train.global_batch_size": 256, "train.learning_rate": 3e-3},
             "batch of 64": {"train.global_batch_size": 64},
+            "batch of 256": {"train.global_batch_size": 256},
             "no label smoothing": {"train.label_smoothing": 0.0},
+            "no CutMix": {"train.cutmix": 0.0},
+            "CutMix in all images": {"train.cutmix": 1.0},
             "no crop": {"train.random_crop_padding": 0},
             "no mirroring": {"train.random_flip": False},
             "zoom": {"train.random_zoom": 0.2},
-            "dropout 0.1": {"model.dropout": 0.1},
-            "bfloat16": {"train.precision": "mixed_bfloat16"},
+            "float32": {"train.precision": "float32"},
             "XLA": {"train.jit_compile": True},
         },
     ),
@@ -148,10 +119,16 @@ STUDIES = {
             "model.num_iterations": 4,
             "model.num_self_attention_blocks": 1,
             "model.num_cross_attention_heads": 1,
+            "model.num_self_attention_heads": 4,
+            "model.share_weights": True,
             "model.share_first_cross_attention": False,
             "train.optimizer": "lamb",
             "train.learning_rate": 8e-3,
+            "train.weight_decay": 0.05,
+            "train.global_batch_size": 128,
             "train.label_smoothing": 0.0,
+            "train.cutmix": 0.0,
+            "train.precision": "mixed_bfloat16",
         },
         {
             "learned positions": {"model.position_encoding": "learned"},
@@ -251,11 +228,15 @@ def configure(study: Study, changes: Changes, archive: str | None) -> PipelineCo
 
 
 def settings_of(config: PipelineConfig | None) -> Changes | None:
-    """What a training depends on, besides its steps and its seed; the place of the archive is no part of it."""
+    """What a training depends on, besides its steps and its seed; the place of the archive is no part of it.
+
+    Nor is what only a training of several epochs looks at.
+    """
     if config is None:
         return None
     data = {"source": config.data.source, "sha256": config.data.sha256, "seed": config.data.seed}
-    train = {name: value for name, value in keyed(config.train).items() if name not in ("epochs", "seed")}
+    unused = {"epochs", "seed", "warmup_epochs", "early_stopping_patience", "plateau_patience"}
+    train = {name: value for name, value in keyed(config.train).items() if name not in unused}
     return json.loads(json.dumps({"data": data, "model": asdict(config.model), "train": train}))  # tuples become lists
 
 
@@ -305,7 +286,8 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Im
     import tensorflow as tf
 
     from perceiver import Perceiver
-    from pipeline.optimization import SmoothedCrossEntropy, optimizer
+    from pipeline.fit import training_dataset
+    from pipeline.optimization import SmoothedCrossEntropy, TopKAccuracy, optimizer
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -323,15 +305,10 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Im
     model.compile(
         optimizer(settings, model, steps),
         SmoothedCrossEntropy(settings.label_smoothing),
-        metrics=["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(k=5, name="top5_accuracy")],
+        metrics=[TopKAccuracy(1, name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
         jit_compile=config.train.jit_compile,
     )
-    size = settings.global_batch_size
-    signature = (tf.TensorSpec((size, *train.images.shape[1:]), tf.uint8), tf.TensorSpec((size,), tf.int32))
-    batches = tf.data.Dataset.from_generator(
-        lambda: train_batches(train, settings, rank=0, num_workers=1), output_signature=signature
-    )
-    return model, batches.prefetch(4), validation
+    return model, training_dataset(train, settings, config.model.num_classes), validation
 
 
 def show(runs: list[Changes], steps: int, equal: str) -> None:

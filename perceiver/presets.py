@@ -33,6 +33,7 @@ def cifar100() -> PerceiverConfig:
     932,196 parameters, 48.8 MMAC an image.
     """
     return PerceiverConfig(
+        conv_pool_size=3,
         num_latents=16,
         latent_dim=192,
         num_cross_attention_heads=4,
