@@ -287,7 +287,7 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Im
 
     from perceiver import Perceiver
     from pipeline.fit import training_dataset
-    from pipeline.optimization import SmoothedCrossEntropy, TopKAccuracy, optimizer
+    from pipeline.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -305,7 +305,7 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Im
     model.compile(
         optimizer(settings, model, steps),
         SmoothedCrossEntropy(settings.label_smoothing),
-        metrics=[TopKAccuracy(1, name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
+        metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
         jit_compile=config.train.jit_compile,
     )
     return model, training_dataset(train, settings, config.model.num_classes), validation

@@ -22,7 +22,7 @@ from pipeline import checkpoint, multiworker
 from pipeline.batches import ImageArrays, evaluation_slices, steps_per_epoch, train_batches
 from pipeline.checkpoint import Progress
 from pipeline.config import TrainingConfig
-from pipeline.optimization import PLATEAU_FACTOR, SmoothedCrossEntropy, TopKAccuracy, optimizer
+from pipeline.optimization import PLATEAU_FACTOR, Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 from pipeline.throughput import StepClock, StepReporter, matmul_peak
 
 MODEL_FILE = "model.keras"
@@ -103,7 +103,7 @@ def fit(
         model.compile(
             optimizer=optimizer(config, model, steps),
             loss=SmoothedCrossEntropy(config.label_smoothing),
-            metrics=[TopKAccuracy(1, name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
+            metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
             jit_compile=config.jit_compile,
         )
         if worker.initial_model and not worker.resume_from:

@@ -37,17 +37,23 @@ class SmoothedCrossEntropy(keras.losses.Loss):
         return {**super().get_config(), "label_smoothing": self.label_smoothing}
 
 
-@keras.saving.register_keras_serializable(package="pipeline")
-class TopKAccuracy(keras.metrics.SparseTopKCategoricalAccuracy):
-    """Share of rows whose label is among the k highest logits; of a mixed image, that of the larger part.
-
-    The truth is as `SmoothedCrossEntropy` takes it.
-    """
+class _TakesShares:
+    """Lets a metric take what `SmoothedCrossEntropy` takes; the label of a mixed image is that of its larger part."""
 
     def update_state(self, y_true, y_pred, sample_weight=None):  # type: ignore[no-untyped-def]
         if y_true.shape[1:] == (y_pred.shape[-1],):
             y_true = ops.argmax(y_true, axis=-1)
-        super().update_state(y_true, y_pred, sample_weight)
+        super().update_state(y_true, y_pred, sample_weight)  # type: ignore[misc]  # of the metric beside it
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class Accuracy(_TakesShares, keras.metrics.SparseCategoricalAccuracy):
+    """Share of rows whose label has the highest logit, of equal ones the first: `TopKAccuracy(1)` counts them all."""
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class TopKAccuracy(_TakesShares, keras.metrics.SparseTopKCategoricalAccuracy):
+    """Share of rows whose label is among the k highest logits."""
 
 
 def learning_rate(

@@ -12,7 +12,7 @@ from tiny_perceivers import TINY
 from perceiver import Perceiver
 from pipeline.config import TrainingConfig
 from pipeline.muon import Muon
-from pipeline.optimization import SmoothedCrossEntropy, TopKAccuracy, learning_rate, optimizer
+from pipeline.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, learning_rate, optimizer
 
 OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
 CONFIG = TrainingConfig(learning_rate=0.1, learning_rate_schedule="constant", weight_decay=0.5)
@@ -97,10 +97,15 @@ def test_of_a_mixed_image_the_larger_part_is_the_label() -> None:
     logits = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]], "float32")
     targets = np.array([[0.7, 0.3, 0, 0], [0, 0, 0.6, 0.4], [0.4, 0, 0, 0.6]], "float32")
     for truth in (targets, np.array([0, 2, 3])):
-        for k, expected in ((1, 1 / 3), (2, 2 / 3), (4, 1)):
-            metric = TopKAccuracy(k)
+        for metric, expected in ((Accuracy(), 1 / 3), (TopKAccuracy(2), 2 / 3), (TopKAccuracy(4), 1)):
             metric.update_state(truth, logits)
             assert float(metric.result()) == pytest.approx(expected)
+
+
+def test_equal_logits_are_no_accuracy() -> None:
+    metric = Accuracy()
+    metric.update_state(np.arange(4), np.zeros((4, 4), "float32"))
+    assert float(metric.result()) == 0.25
 
 
 def test_cosine_warms_up_and_ends_at_zero() -> None:
