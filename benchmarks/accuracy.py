@@ -1,7 +1,7 @@
 """What does a preset reach on the test images of CIFAR-100, and after how long a training?
 
     python benchmarks/accuracy.py --archive cifar-100-python.tar.gz --record accuracy.jsonl --seeds 0 1 2
-    python benchmarks/accuracy.py --archive ... --record ... --name "25 minutes" -- --train.epochs 25
+    python benchmarks/accuracy.py --archive ... --record ... --name "16 epochs" -- --train.epochs 16
     python benchmarks/accuracy.py --record accuracy.jsonl --figure docs/accuracy.svg
 
 Each run is the pipeline's own command up to the evaluation, `python pipeline/run.py PRESET --until evaluate`, with what
