@@ -119,9 +119,9 @@ def _endless(
             images, labels = _augment_rows(data.images, rows[own], augmentation.rows(own)), data.labels[rows[own]]
             if settings.cutmix:
                 mix = _CutMix.draw(size, data.images.shape[1:3], rng, settings.cutmix).rows(own)
-                others = rows[mix.partners]
-                pieces = _augment_rows(data.images, others, augmentation.rows(mix.partners))
-                images = np.where(mix.masks(), pieces, images)
+                mixed, others = mix.mixed(), rows[mix.partners]
+                pieces = _augment_rows(data.images, others[mixed], augmentation.rows(mix.partners[mixed]))
+                images[mixed] = np.where(mix.rows(mixed).masks(), pieces, images[mixed])
                 labels = mix.targets(labels, data.labels[others], num_classes)
             yield images, labels
         epoch, step = epoch + 1, 0
@@ -238,9 +238,14 @@ class _CutMix:
         low, high = (np.clip(np.rint(x), 0, size).astype(int) for x in (middles - half_sides, middles + half_sides))
         return cls(partners, np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], axis=1), size)
 
-    def rows(self, rows: slice) -> _CutMix:
+    def rows(self, rows: slice | np.ndarray) -> _CutMix:
         """The part that has to do with these images; their partners may be any image of the batch."""
         return _CutMix(self.partners[rows], self.boxes[rows], self.size)
+
+    def mixed(self) -> np.ndarray:
+        """int (M,): which images have such a part."""
+        top, bottom, left, right = self.boxes.T
+        return np.flatnonzero((top < bottom) & (left < right))
 
     def masks(self) -> np.ndarray:
         """bool (B, H, W, 1): true where a pixel comes from the other image."""
