@@ -286,7 +286,7 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Im
     import tensorflow as tf
 
     from perceiver import Perceiver
-    from pipeline.fit import training_dataset
+    from pipeline.input_pipeline import training_dataset
     from pipeline.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 
     tf.config.threading.set_intra_op_parallelism_threads(1)

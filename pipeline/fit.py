@@ -19,14 +19,14 @@ from perceiver.config import PerceiverConfig
 from perceiver.cost import macs_per_image
 from perceiver.model import Perceiver
 from pipeline import checkpoint, multiworker
-from pipeline.batches import ImageArrays, evaluation_slices, steps_per_epoch, train_batches
+from pipeline.batches import ImageArrays, steps_per_epoch
 from pipeline.checkpoint import Progress
 from pipeline.config import TrainingConfig
+from pipeline.input_pipeline import training_dataset, validation_dataset
 from pipeline.optimization import PLATEAU_FACTOR, Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 from pipeline.throughput import StepClock, StepReporter, matmul_peak
 
 MODEL_FILE = "model.keras"
-PREFETCHED_BATCHES = 4
 CALLBACK_STATE = ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
 
 
@@ -133,7 +133,10 @@ def fit(
         )
     recorder = Recorder(config, worker, stop, progress, stopping, clock, steps)
     callbacks = [*stopping, clock, *([] if worker.rank else [StepReporter(clock, worker.on_step, steps)]), recorder]
-    validation_data = multiworker.distribute(_validation(validation, config, worker), strategy)
+    evaluated = validation_dataset(
+        validation, config.global_batch_size, rank=worker.rank, num_workers=worker.num_workers
+    )
+    validation_data = multiworker.distribute(evaluated, strategy)
     while not recorder.progress.finished:
         # An epoch that was cut off in the middle has fewer steps left than the others, so it is a `fit` of its own.
         steps_left = steps - progress.step
@@ -281,50 +284,3 @@ def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:
 def _state(callback: keras.callbacks.Callback) -> dict[str, float | None]:
     values = {name: getattr(callback, name, None) for name in CALLBACK_STATE if hasattr(callback, name)}
     return {name: None if value is None else float(value) for name, value in values.items()}
-
-
-def training_dataset(
-    train: ImageArrays,
-    config: TrainingConfig,
-    num_classes: int,
-    *,
-    rank: int = 0,
-    num_workers: int = 1,
-    epoch: int = 0,
-    step: int = 0,
-) -> tf.data.Dataset:
-    """What `train_batches` yields, without end."""
-    share = config.global_batch_size // num_workers
-    truth = tf.TensorSpec((share, num_classes), tf.float32) if config.cutmix else tf.TensorSpec((share,), tf.int32)
-    batches = tf.data.Dataset.from_generator(
-        lambda: train_batches(train, config, num_classes, rank=rank, num_workers=num_workers, epoch=epoch, step=step),
-        output_signature=(tf.TensorSpec((share, *train.images.shape[1:]), tf.uint8), truth),
-    )
-    # The generator has no end. TensorFlow does not know, and would ask all workers in every step for another batch.
-    return batches.repeat().prefetch(PREFETCHED_BATCHES).with_options(_untuned())
-
-
-def _validation(validation: ImageArrays, config: TrainingConfig, worker: Worker) -> tf.data.Dataset:
-    """This worker's share of the validation rows, again and again, each time each row once over all workers.
-
-    Yields (b, H, W, C) uint8 and (b,).
-    """
-    slices = evaluation_slices(
-        len(validation.labels), config.global_batch_size, rank=worker.rank, num_workers=worker.num_workers
-    )
-    with tf.device("CPU"):
-        images, labels = tf.constant(validation.images), tf.constant(validation.labels)
-    return (
-        tf.data.Dataset.from_tensor_slices(slices)
-        .repeat()
-        .map(lambda rows: (images[rows[0] : rows[1]], labels[rows[0] : rows[1]]))
-        .prefetch(PREFETCHED_BATCHES)
-        .with_options(_untuned())
-    )
-
-
-def _untuned() -> tf.data.Options:
-    """Without tf.data's autotuner: nothing is to be tuned, and the end of an iterator waits seconds for its thread."""
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return options
