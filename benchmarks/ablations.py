@@ -132,6 +132,8 @@ STUDIES = {
         },
         {
             "learned positions": {"model.position_encoding": "learned"},
+            # As wide as the Fourier features; those above are as wide as a pixel.
+            "learned positions, 34 wide": {"model.position_encoding": "learned", "model.learned_position_dim": 34},
             "no positions": {"model.position_encoding": "none"},
             "iterations do not share": {"model.share_weights": False},
             "the first cross-attend shares too": {"model.share_first_cross_attention": True},
