@@ -43,6 +43,12 @@ from pipeline.presets import PRESETS
 BASE = "as it is"
 STEPS_A_TURN = 10
 Changes = dict[str, Any]
+# 16 bands are 66 features; with 126 channels that is the width of the latents, which four heads divide.
+FOURIER_POSITIONS: Changes = {
+    "model.position_encoding": "fourier",
+    "model.position_combination": "concat",
+    "model.data_dim": 126,
+}
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,8 @@ STUDIES = {
             "128 channels in the stem": {"model.conv_channels": 128},
             "pooling does not overlap": {"model.conv_pool_size": 2},
             "4 x 4 patches": {"model.stem": "patches"},
-            "4 x 4 patches, Fourier": {
-                "model.stem": "patches",
-                "model.position_encoding": "fourier",
-                "model.position_combination": "concat",
-            },
-            "Fourier positions": {"model.position_encoding": "fourier", "model.position_combination": "concat"},
+            "4 x 4 patches, Fourier": {"model.stem": "patches", **FOURIER_POSITIONS},
+            "Fourier positions": FOURIER_POSITIONS,
             "query head": {"model.head": "query"},
             "tanh GELU": {"model.approximate_gelu": True},
             "dropout 0.1": {"model.dropout": 0.1},

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ablations
 import model_step
 import pytest
 import train_overhead
@@ -118,6 +119,16 @@ def test_all_reduce() -> None:
     assert "packed bfloat16" in table
     agreement = {row["way"]: row["agrees"] for row in result["rows"]}
     assert max(agreement[way] for way in ("one by one", "list", "packed")) < 1e-6 < agreement["packed bfloat16"] < 1e-2
+
+
+@pytest.mark.parametrize("study", ablations.STUDIES)
+def test_every_variant_of_a_study_is_a_valid_change_of_its_base(study: str, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    archive.touch()  # only its digest is taken
+    variants = ablations.STUDIES[study].variants
+    base = ablations.configure(ablations.STUDIES[study], {}, str(archive))
+    for name, changes in variants.items():
+        assert ablations.configure(ablations.STUDIES[study], changes, str(archive)) != base, name
 
 
 @pytest.mark.slow
