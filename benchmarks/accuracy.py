@@ -157,7 +157,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="minutes of training on two cores", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.75))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", title="validation; points: test")
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.4), title="validation; points: test")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
