@@ -1,4 +1,4 @@
-# Everything runs in .venv, which is set up on first use and again when the locks or pyproject.toml change.
+# Everything runs in .venv. It is set up on first use, and again when requirements-dev.txt or pyproject.toml changes.
 PYTHON ?= python3.11
 BIN := .venv/bin
 SET_UP := .venv/.set-up
@@ -10,7 +10,7 @@ SET_UP := .venv/.set-up
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
-set-up: $(SET_UP) ## make .venv from requirements-dev.txt and install the project into it, editable
+set-up: $(SET_UP) ## create .venv from requirements-dev.txt and install the project into it, editable
 
 $(SET_UP): requirements-dev.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,10 +18,10 @@ $(SET_UP): requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-run: $(SET_UP) ## run the whole pipeline on the embedded digits
+run: $(SET_UP) ## run the whole pipeline on the digits of scikit-learn
 	$(BIN)/python pipeline/run.py quickstart
 
-test: $(SET_UP) ## run the tests but the slow ones
+test: $(SET_UP) ## run all tests except the slow ones
 	$(BIN)/python -m pytest
 
 test-all: $(SET_UP) ## run all tests
@@ -32,19 +32,19 @@ lint: $(SET_UP) ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(SET_UP) ## mend style and format in place
+format: $(SET_UP) ## fix style and format in place
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Keeps the versions that the locks have where pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
-# Indexes and options of the machine that makes the locks stay out of them.
+# Keeps the locked versions if pyproject.toml allows them; `make lock UPGRADE=--upgrade` selects the newest versions.
+# The package indexes and pip options of this machine are not written to the lock files.
 lock: export CUSTOM_COMPILE_COMMAND = make lock
 lock: COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --all-build-deps \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options $(UPGRADE)
-lock: $(SET_UP) ## resolve pyproject.toml anew into requirements.txt and requirements-dev.txt
+lock: $(SET_UP) ## lock the dependencies of pyproject.toml in requirements.txt and requirements-dev.txt
 	$(COMPILE) --output-file requirements.txt pyproject.toml
 	$(COMPILE) --output-file requirements-dev.txt --extra dev --constraint requirements.txt pyproject.toml
 
-clean: ## remove .venv and caches; runs/ stays
+clean: ## remove .venv and caches; keep runs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

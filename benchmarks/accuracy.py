@@ -1,20 +1,19 @@
-"""What does a preset reach on the test images of CIFAR-100, and after how long a training?
+"""Accuracy of a preset on the test images of CIFAR-100, and the duration of its training, over several seeds.
 
     python benchmarks/accuracy.py --archive cifar-100-python.tar.gz --record accuracy.jsonl --seeds 0 1 2
     python benchmarks/accuracy.py --archive ... --record ... --name "16 epochs" -- --train.epochs 16
     python benchmarks/accuracy.py --record accuracy.jsonl --figure docs/accuracy.svg
 
-Each run is the pipeline's own command up to the evaluation, `python pipeline/run.py PRESET --until evaluate`, with what
-stands behind `--` added, in a folder of its own. It reads the test images once, after the training, as they are. A
-finished run is a line of `--record`, and the same command goes on with the seeds that are missing; a run that was cut
-off begins anew, for its clock would be wrong.
+Each run is `python pipeline/run.py PRESET --until evaluate` in a temporary folder, with the arguments behind `--`
+appended. It evaluates the test images once, after the training, without changes. A finished run is appended to
+`--record` as a line, and the same command continues with the seeds that are missing. A run that was interrupted starts
+again, because its training time would be wrong.
 
-The time is that from the first step to the end of the last epoch, validation and checkpoints included. Ray's start, the
-data's preparation and the evaluation come on top.
+The training time is the time from the first step to the end of the last epoch, including validation and checkpoints. It
+excludes the start of Ray, the preparation of the data and the evaluation.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -30,24 +29,26 @@ from rich.console import Console
 from rich.table import Table
 
 from perceiver.cost import macs_per_image, parameter_count
-from pipeline.command_line import parse
-from pipeline.config import PipelineConfig, keyed
-from pipeline.tasks import TASKS
-from pipeline.workflow import task_keys
+from pipeline.fields import keyed
+from pipeline.settings.command_line import parse
+from pipeline.settings.config import PipelineConfig
+from pipeline.storage import Storage, sha256_of_file
+from pipeline.tasks.graph import TASKS
+from pipeline.workflow.run import Run
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = 0.53  # top-1 that the Keras example reports
+PUBLISHED = 0.53  # top-1 accuracy that the Keras example reports
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar100")
-    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; without one nothing is trained")
+    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; without it nothing is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--name", help="of these runs in table and figure; default: the preset")
-    parser.add_argument("--record", type=Path, required=True, help="a line of JSON for each finished run")
-    parser.add_argument("--figure", type=Path, help="draw accuracy over time there, as SVG")
-    parser.add_argument("arguments", nargs="*", help="behind --: further arguments of pipeline/run.py")
+    parser.add_argument("--name", help="name of these runs in table and figure; default: the preset")
+    parser.add_argument("--record", type=Path, required=True, help="JSON lines file of finished runs")
+    parser.add_argument("--figure", type=Path, help="SVG file for a figure of accuracy over time")
+    parser.add_argument("arguments", nargs="*", help="further arguments of pipeline/run.py, behind --")
     args = parser.parse_args()
     rows = json_lines.read(args.record) if args.record.exists() else []
     name = args.name or args.preset
@@ -67,28 +68,28 @@ def main() -> None:
 
 
 def archive_arguments(archive: Path) -> list[str]:
-    with archive.open("rb") as file:
-        return ["--data.archive", str(archive), "--data.sha256", hashlib.file_digest(file, "sha256").hexdigest()]
+    """Command-line arguments of pipeline/run.py for this archive."""
+    return ["--data.archive", str(archive), "--data.sha256", sha256_of_file(archive)]
 
 
 def settings_of(config: PipelineConfig) -> dict[str, Any]:
-    """All that a run's result depends on, and the workers, which decide its time."""
+    """The settings that decide the result of a run, and those of its workers, which decide its duration."""
     sections = {name: keyed(getattr(config, name)) for name in ("data", "model", "train")}
     sections["train"] |= {name: getattr(config.train, name) for name in ("num_workers", "cpus_per_worker", "use_gpu")}
     return json.loads(json.dumps(sections))  # tuples become lists
 
 
 def run(given: list[str]) -> dict[str, Any]:
-    """Runs the pipeline; its curve on the validation rows, its result on the test rows, and its times."""
+    """Runs the pipeline; returns its validation curve, its test metrics and its durations."""
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         given = [*given, "--storage", folder]
-        summary = Path(folder) / "summary.json"
+        summary_json = Path(folder) / "summary.json"
         command = [sys.executable, str(ROOT / "pipeline" / "run.py"), *given, "--until", "evaluate"]
-        subprocess.run([*command, "--summary-json", str(summary)], check=True, stdout=sys.stderr)
+        subprocess.run([*command, "--summary-json", str(summary_json)], check=True, stdout=sys.stderr)
         config = parse(given)[1].config
-        key = task_keys(TASKS, config)["train"]
+        key = Run(TASKS, config, Storage(config.storage)).keys["train"]
         trained = json.loads((Path(folder) / "tasks" / "train" / key / "manifest.json").read_text())
-        told = json.loads(summary.read_text())
+        summary = json.loads(summary_json.read_text())
     clock, curve = 0.0, []
     for epoch in trained["output"]["history"]:
         clock += epoch["seconds"] + epoch["checkpoint_seconds"]
@@ -97,7 +98,7 @@ def run(given: list[str]) -> dict[str, Any]:
             | {k: epoch[k] for k in ("loss", "val_loss", "val_accuracy", "val_top5_accuracy", "images_per_second")}
         )
     return {
-        "test": told["test"],
+        "test": summary["test"],
         "training_seconds": clock,
         "task_seconds": trained["seconds"],
         "epochs": len(curve),
@@ -110,7 +111,7 @@ def run(given: list[str]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A line for each name: means over its seeds, with the lowest and the highest."""
+    """Prints a row per name: means over its seeds, with the lowest and the highest value."""
     table = Table("runs", "seeds", "epochs", "parameters", "minutes", "images/s", "test top-1", "test top-5")
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
@@ -134,7 +135,7 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation accuracy over minutes, a line a run, and the test accuracy as a point at its end."""
+    """Draws the validation accuracy of each run over its minutes, with the test accuracy as a point at the end."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -152,8 +153,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.plot(minutes, accuracy, color=colour, linewidth=1, label=label)
         axes.plot(row["training_seconds"] / 60, row["test"]["top1"], "o", color=colour, markersize=5)
     axes.axhline(PUBLISHED, color="grey", linestyle="--", linewidth=1)
-    told = "reported by the published example, 40 epochs on a V100"
-    axes.text(0.99, PUBLISHED - 0.03, told, color="grey", size=8, ha="right", transform=axes.get_yaxis_transform())
+    note = "reported by the published example, 40 epochs on a V100"
+    axes.text(0.99, PUBLISHED - 0.03, note, color="grey", size=8, ha="right", transform=axes.get_yaxis_transform())
     axes.set(xlabel="minutes of training on two cores", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.75))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)

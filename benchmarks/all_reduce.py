@@ -1,11 +1,11 @@
-"""How should the gradients of a step be summed over the workers: one by one, in a list, packed, in bfloat16?
+"""Ways to sum gradients over workers: one tensor at a time, as a list, packed into a vector, and packed in bfloat16.
 
     python benchmarks/all_reduce.py
 
-Two processes on one machine, with a thread each, sum tensors of the shapes of a preset's weights, as
-MultiWorkerMirroredStrategy sums gradients. A turn is `--steps` sums one after the other; the ways take turns, and the
-slower process counts. `MB` is what a worker hands over; casts are part of the time. `agrees` is the largest difference
-from the sum in float64, relative to the largest sum.
+Two processes on one machine, with one thread each, sum tensors with the shapes of a preset's weights, as
+MultiWorkerMirroredStrategy sums gradients. A turn is `--steps` consecutive sums. The ways take turns, and the time is
+that of the slower process. `MB` is the size of the tensors that a worker contributes. The time includes the casts.
+`agrees` is the largest difference from the sum in float64, relative to the largest sum.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from local_workers import free_addresses, join_cluster
 from rich.console import Console
 from rich.table import Table
-from train_overhead import free_ports
 from turns import Answer, Contestant, medians
 
 from perceiver import presets
@@ -28,9 +28,11 @@ WAYS = ("one by one", "list", "packed", "packed bfloat16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["cifar100", "keras_example"], help="of perceiver/presets.py")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of every way")
-    parser.add_argument("--steps", type=int, default=10, help="sums of a turn")
+    parser.add_argument(
+        "--presets", nargs="+", default=["cifar100", "keras_example"], help="presets of perceiver/presets.py"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each way")
+    parser.add_argument("--steps", type=int, default=10, help="sums in a turn")
     args = parser.parse_args()
     rows = [row for preset in args.presets for row in compare(preset, args.rounds, args.steps)]
     table = Table("preset", "tensors", "way", "MB", "ms", "range", "agrees", title="Sum over two workers")
@@ -50,7 +52,8 @@ def main() -> None:
 
 
 def compare(preset: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    """Measures all ways in turns for the weights of a preset; one row per way."""
+    addresses = free_addresses(2)
     team = [Contestant(worker, preset, rank, addresses, steps) for rank in range(2)]
     try:
         first, _ = (contestant.wait() for contestant in team)
@@ -65,15 +68,18 @@ def compare(preset: str, rounds: int, steps: int) -> list[dict[str, Any]]:
             contestant.end()
     rows = []
     for way in WAYS:
-        median, quickest, slowest = medians(turns[way])
-        rows.append({"preset": preset, "way": way, **first[way], "milliseconds": median, "range": [quickest, slowest]})
+        median, fastest, slowest = medians(turns[way])
+        rows.append({"preset": preset, "way": way, **first[way], "milliseconds": median, "range": [fastest, slowest]})
     return rows
 
 
 def worker(answer: Answer, preset: str, rank: int, addresses: list[str], steps: int) -> None:
-    """One process: answers what each way hands over, then milliseconds a sum, the ways one after the other."""
+    """Case of a `Contestant`: a worker, whose turns go through the ways in the order of `WAYS`.
+
+    It first answers the tensors, bytes and accuracy of each way, then the milliseconds per sum in each turn.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
+    join_cluster(addresses, rank)
     import tensorflow as tf
 
     from perceiver.model import Perceiver
@@ -86,8 +92,8 @@ def worker(answer: Answer, preset: str, rank: int, addresses: list[str], steps: 
     model.build((None, *config.image_shape))
     shapes = [weight.shape for weight in model.trainable_weights]
     numbers = [
-        [np.random.default_rng([of, i]).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
-        for of in range(2)
+        [np.random.default_rng([owner, i]).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)]
+        for owner in range(2)
     ]
     mine = [tf.constant(number) for number in numbers[rank]]
     expected = np.concatenate([(a.astype(np.float64) + b).ravel() for a, b in zip(*numbers, strict=True)])
@@ -103,7 +109,7 @@ def worker(answer: Answer, preset: str, rank: int, addresses: list[str], steps: 
 
         def one_by_one(values: list[tf.Tensor]) -> list[tf.Tensor]:
             summed: list[tf.Tensor] = []
-            for value in values:  # in an order that is the same on both workers
+            for value in values:  # in the same order on both workers
                 with tf.control_dependencies(summed[-1:]):
                     summed.append(total(tf.identity(value)))
             return summed

@@ -1,12 +1,13 @@
-"""Batch inference by `pipeline.predict` against a plain loop over arrays in memory, in as many processes.
+"""Throughput of batch inference with `pipeline.predict`, compared with a plain loop in the same number of processes.
 
-    python benchmarks/batch_inference.py                    60,000 images of 32 x 32 x 3, about 2 minutes on 2 cores
-    python benchmarks/batch_inference.py --archive PATH     those of CIFAR-100, training and test; else random bytes
+    python benchmarks/batch_inference.py                    60,000 random images of 32 x 32 x 3, 2 minutes on 2 cores
+    python benchmarks/batch_inference.py --archive PATH     training and test images of CIFAR-100
 
-Both run the exported graph of the same model with one thread a process and write down nothing but probabilities: the
-loop into memory, the pipeline into Parquet, from Parquet. The start of the processes and the loading of the model are
-apart. The loop runs over the first half of the images before the pipeline and over the second half after it, so that
-a machine which gets slower or quicker meets both alike. Prints a table, then one line of JSON.
+Both run the exported graph of the same model with one thread per process, and both store only probabilities. The loop
+reads arrays and writes to memory, the pipeline reads and writes Parquet. The start of the processes and the loading of
+the model are measured separately. The loop runs over the first half of the images before the pipeline and over the
+second half after it, so that a gradual change in the speed of the machine affects both alike. Prints a table, then one
+line of JSON.
 """
 
 import json
@@ -28,28 +29,28 @@ from rich.console import Console
 from rich.table import Table
 
 from perceiver import presets
-from pipeline.archives import read_pickles
+from pipeline.data.archives import read_pickles
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 IMAGE_SHAPE = (32, 32, 3)
-# A process that has not come so far by then has failed, and the others shall not wait for it.
+# A process that is not ready after this time has failed, and the others stop waiting for it.
 START_SECONDS = 180
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured."""
+    """Options of the measurement."""
 
     num_images: int = 60_000
-    """Images in all."""
+    """Total number of images."""
     num_processes: int = 2
-    """Processes of either side."""
+    """Processes of the loop, and of the pipeline."""
     batch_size: int = 256
-    """Images in a call of the model."""
+    """Images per call of the model."""
     part_rows: int = 1024
-    """Images in a part of the pipeline, and in a row group of its input."""
+    """Images per part of the pipeline, and per row group of its input."""
     archive: str | None = None
-    """CIFAR-100 archive whose images are taken, over and over if they are too few."""
+    """CIFAR-100 archive whose images are used, repeated if there are too few; default: random bytes."""
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = _images(options)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # TensorFlow stays out of this process
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # keeps TensorFlow out of this process
             pool.apply(_save_model, (folder / "model",))
         columns = {"image": pa.FixedShapeTensorArray.from_numpy_ndarray(images)}
         pq.write_table(
@@ -90,7 +91,7 @@ def _images(options: Options) -> np.ndarray:
 
 
 def _save_model(folder: Path) -> None:
-    """The preset `cifar100`, untrained, which costs the same as a trained one, as an MLflow model."""
+    """Saves an MLflow model of the preset `cifar100`, untrained because training does not change its cost."""
     import keras
     import mlflow.keras
     from mlflow.models import ModelSignature
@@ -115,7 +116,7 @@ def _save_model(folder: Path) -> None:
 
 
 def _plain_loop(model: Path, images: np.ndarray, options: Options) -> tuple[float, float]:
-    """Seconds from when all processes are ready until the last one is done, and seconds until they were ready."""
+    """Seconds from when all processes are ready until the last one ends, and seconds until all are ready."""
     start, spawn = time.time(), multiprocessing.get_context("spawn")
     ready, done = spawn.Barrier(options.num_processes), spawn.SimpleQueue()
     shares = np.array_split(images, options.num_processes)
@@ -124,7 +125,7 @@ def _plain_loop(model: Path, images: np.ndarray, options: Options) -> tuple[floa
         process.start()
     for process in processes:
         process.join()
-        assert process.exitcode == 0, "a process of the plain loop failed, see its messages"
+        assert process.exitcode == 0, "a process of the plain loop failed, see its output above"
     times = [done.get() for _ in processes]
     began, ended = min(began for began, _ in times), max(ended for _, ended in times)
     return ended - began, began - start
@@ -135,7 +136,9 @@ def _loop(model: Path, images: np.ndarray, batch_size: int, ready: Barrier, done
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    loaded = tf.saved_model.load(str(_saved_model(model)))  # its function does not keep the variables alive
+    loaded = tf.saved_model.load(
+        str(_saved_model(model))
+    )  # kept in a variable: `serve` alone does not keep the weights alive
     loaded.serve(tf.constant(images[:1]))
     ready.wait(START_SECONDS)
     began = time.time()
@@ -157,7 +160,7 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def _pipeline(folder: Path, options: Options) -> dict[str, float]:
     import ray
 
-    from pipeline.predict import PredictOptions, predict
+    from pipeline.inference.job import PredictOptions, predict
 
     start = time.time()
     ray.init(address="local", num_cpus=options.num_processes, include_dashboard=False, log_to_driver=False)

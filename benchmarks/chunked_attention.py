@@ -1,12 +1,13 @@
-"""What does attention in chunks save, and what does it cost?
+"""Memory and time of attention in chunks, compared with plain attention.
 
     python benchmarks/chunked_attention.py
 
-A cross-attend block (latents 1,024 wide, data array 261 wide as ImageNet's with Fourier features, keys and values 256
-wide), forward and backward, as a compiled graph (tf.function) in float32, one image. Every case is a process of its
-own. Memory is the largest resident set during the first step above that before it, when block, inputs and graph are
-there. Times are medians of turns that plain and chunked attention take one after the other. Requirements: at
-50,176 inputs a fifth of the memory, at most 1.2 times the time, an exponent of time over inputs of at most 1.1.
+Measures the forward and backward pass of a cross-attention block on one image, as a compiled graph (tf.function) in
+float32. The latents are 1,024 wide, the data array is 261 wide, as for ImageNet with Fourier features, and keys and
+values are 256 wide. Each case runs in its own process. Its memory is the peak resident set of the first step minus the
+resident set before it, when block, inputs and graph exist. Its time is the median of its turns, which the cases take
+alternately. The requirements for chunks at 50,176 inputs are a fifth of the memory, at most 1.2 times the time, and an
+exponent of time over inputs of at most 1.1.
 """
 
 import argparse
@@ -23,22 +24,22 @@ from rich.table import Table
 from turns import Answer, Contestant, medians
 
 LATENT_DIM, DATA_DIM, ATTENTION_DIM = 1024, 261, 256
-SLOWER_AT_MOST = 1.1  # a chunk size that costs more time than this is not taken for the little memory it saves
+SLOWER_AT_MOST = 1.1  # relative time up to which a chunk size may be chosen for its memory
 
 
 @dataclass(frozen=True)
 class Case:
-    """A cross-attend to measure."""
+    """A cross-attention block to measure."""
 
     num_inputs: int
-    """Rows of the data array, M."""
+    """Number of rows of the data array, M."""
     chunk_size: int | None
-    """None: plain attention."""
+    """Rows per chunk; None for plain attention."""
     num_latents: int
     num_heads: int
     threads: int
     jit_compile: bool = False
-    """XLA."""
+    """Whether the step is compiled with XLA."""
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--num-latents", type=int, default=512)
     parser.add_argument("--num-heads", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every case")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each case")
     parser.add_argument("--xla", action="store_true", help="compile the step with XLA")
     args = parser.parse_args()
 
@@ -58,8 +59,8 @@ def main() -> None:
     largest = max(args.num_inputs)
     by_chunk = compare([case(largest, None), *(case(largest, size) for size in args.chunk_sizes)], args.rounds)
     show(f"Chunk sizes, {largest:,} inputs x {args.num_latents} latents, {args.num_heads} heads", by_chunk)
-    quick = [row for row in by_chunk[1:] if row["relative_time"] <= SLOWER_AT_MOST] or by_chunk[1:]
-    best = min(quick, key=lambda row: row["peak_mib"])["chunk_size"]
+    fast = [row for row in by_chunk[1:] if row["relative_time"] <= SLOWER_AT_MOST] or by_chunk[1:]
+    best = min(fast, key=lambda row: row["peak_mib"])["chunk_size"]
     by_inputs = [compare([case(size, None), case(size, best)], args.rounds) for size in sorted(args.num_inputs)[:-1]]
     by_inputs.append([row for row in by_chunk if row["chunk_size"] in (None, best)])
     show(f"Numbers of inputs, chunks of {best}", [row for pair in by_inputs for row in pair])
@@ -70,7 +71,7 @@ def main() -> None:
         "settings": vars(args),
         "best_chunk_size": best,
         "exponent": {"plain": exponent(plain), "chunked": exponent(chunked)},
-        # What does not depend on the inputs (the queries, the MLP) flatters the exponent where they are few.
+        # With few inputs, the parts that do not depend on them (queries, MLP) lower the exponent.
         "exponent_of_upper_half": {"plain": exponent(plain[half:]), "chunked": exponent(chunked[half:])},
         "by_chunk_size": by_chunk,
         "by_num_inputs": by_inputs,
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """Measures all cases in turns; what the others are compared with, the plain one, comes first."""
+    """Measures all cases in turns; the first is plain attention, with which the others are compared."""
     contestants: list[Contestant] = []
     starts = []
     try:
@@ -113,7 +114,7 @@ def compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
 
 
 def measure(answer: Answer, case: Case) -> None:
-    """Answers peak memory, results and time of the first step, then the seconds of a step each turn."""
+    """Case of a `Contestant`: answers peak memory, results and time of the first step, then each turn's seconds."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import keras
     import tensorflow as tf
@@ -140,7 +141,7 @@ def measure(answer: Answer, case: Case) -> None:
     step.get_concrete_function()
     before = resident_bytes("VmRSS")
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again from here
+        file.write("5")  # resets the peak of the resident set
     start = time.perf_counter()
     tensors = step()
     seconds = time.perf_counter() - start
@@ -155,17 +156,17 @@ def measure(answer: Answer, case: Case) -> None:
 
 
 def resident_bytes(field: str) -> int:
-    """A field of this process's memory: VmRSS now, VmHWM at most."""
+    """Resident memory of this process: `VmRSS` is the current value, `VmHWM` the peak."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))
 
 
 def difference(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> float:
-    """Largest difference in the outputs and in any gradient, as a share of the largest entry of each."""
+    """Largest difference in the outputs and gradients, each relative to the largest entry of its tensor."""
     return max(
         float(np.abs(found[name] - value).max() / np.abs(value).max())
         for name, value in expected.items()
-        # It shifts all logits of a query alike: its true gradient is zero, what is computed is rounding.
+        # The bias of the keys shifts all logits of a query by the same amount, so its gradient is rounding error only.
         if not name.endswith("key/bias")
     )
 

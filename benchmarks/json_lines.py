@@ -1,4 +1,4 @@
-"""Files of JSON lines to which long measurements add as they get on, so that they can go on after a kill."""
+"""Records of long measurements as JSON lines, appended one by one, so that a killed measurement can continue."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,15 @@ from typing import Any
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a kill may have cut off the last one, which is then taken away."""
+    """The complete lines. If a kill has cut off the last line, it is removed from the file."""
     text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete)
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def add(path: Path, row: dict[str, Any]) -> None:
+    """Appends a line; creates the file if it does not exist."""
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,13 +1,19 @@
-"""The published Keras example (Khalid Salama, 2021), sizes as arguments: what the presets are compared with.
+"""The published Keras example (Khalid Salama, 2021), the baseline of the presets, with its sizes as arguments.
 
-Function for function its code; only `patcher`, which it never makes, is made here, and its data set is not read at
-import.
+The functions are those of the example. Two things differ: `patcher`, which the example never creates, is created here,
+and no data set is read at import.
 """
 
 from collections.abc import Sequence
 
 import keras
 from keras import activations, layers, ops
+
+from perceiver import presets
+from perceiver.cost import macs_per_image
+
+# Multiply-accumulates per image. The example computes keys and values in each of its two iterations.
+PUBLISHED_MACS = macs_per_image(presets.keras_example()) + 1024 * 256 * (256 + 256)
 
 
 def create_ffn(hidden_units: Sequence[int], dropout_rate: float) -> keras.Sequential:
@@ -78,7 +84,7 @@ def create_transformer_module(
 
 
 def create_data_augmentation(mean: Sequence[float], variance: Sequence[float], image_size: int) -> keras.Sequential:
-    """`mean` and `variance` of the training images' channels: the example finds them with `adapt`."""
+    """The augmentation, with the `mean` and `variance` of each channel, which the example computes with `adapt`."""
     return keras.Sequential(
         [
             layers.Normalization(mean=mean, variance=variance),
@@ -91,7 +97,10 @@ def create_data_augmentation(mean: Sequence[float], variance: Sequence[float], i
 
 
 class PublishedPerceiver(keras.Model):
-    """The parts are made in the order in which it runs them; without `data_augmentation` it takes what that returns."""
+    """The example's model, whose parts are created in the order in which they run.
+
+    Without `data_augmentation` it takes images that are augmented already.
+    """
 
     def __init__(
         self,
@@ -132,3 +141,22 @@ class PublishedPerceiver(keras.Model):
             inputs = {"latent_array": latent_array, "data_array": encoded_patches}
             latent_array = self.transformer(self.cross_attention(inputs))
         return self.classification_head(self.global_average_pooling(latent_array))
+
+
+def published() -> keras.Model:
+    """The model with the sizes and the pixel statistics of the example."""
+    augmentation = create_data_augmentation([129.3, 124.1, 112.4], [4646.9, 4277.2, 4959.0], 64)
+    augmentation.build((None, 32, 32, 3))  # built within the step, its constants would belong to the graph of the step
+    return PublishedPerceiver(
+        patch_size=2,
+        data_dim=1024,
+        latent_dim=256,
+        projection_dim=256,
+        num_heads=8,
+        num_transformer_blocks=4,
+        ffn_units=[256, 256],
+        dropout_rate=0.2,
+        num_iterations=2,
+        classifier_units=[256, 100],
+        data_augmentation=augmentation,
+    )

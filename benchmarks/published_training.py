@@ -1,11 +1,11 @@
-"""How far does the published Keras example get in an hour?
+"""Accuracy that the published Keras example reaches in an hour of training.
 
     python benchmarks/published_training.py --archive cifar-100-python.tar.gz --record benchmarks/data/accuracy.jsonl
 
-The example as it is, with its sizes, Adam, batch and augmentation, in one process on all cores, as its `fit` runs it.
-The clock counts its steps only, not the validation on which its curve is drawn; the first step, which traces, counts.
-All 10,000 test images are read once, at the end. A line is added to the record of `accuracy.py`, whose table and figure
-set it beside the presets.
+The example is trained with its own sizes, optimizer, batch size and augmentation, in one process on all cores, as its
+`fit` would train it. The training time counts only its steps, including the first, which traces the model. The
+validation that gives the curve is excluded. All 10,000 test images are evaluated once, at the end. The run is appended
+to the record of accuracy.py, whose table and figure compare it with the presets.
 """
 
 import argparse
@@ -22,23 +22,23 @@ import json_lines
 import keras
 import numpy as np
 from accuracy import archive_arguments
-from model_step import PUBLISHED_MACS, published
+from published_example import PUBLISHED_MACS, published
 
-from pipeline.command_line import parse
-from pipeline.datasets import load
-from pipeline.preprocess import stratified_split
+from pipeline.data.ingest import load
+from pipeline.data.rows import stratified_split
+from pipeline.settings.command_line import parse
 
-BATCH_SIZE, LEARNING_RATE = 64, 1e-3  # the example's
+BATCH_SIZE, LEARNING_RATE = 64, 1e-3  # those of the example
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", type=Path, required=True, help="copy of cifar-100-python.tar.gz")
-    parser.add_argument("--record", type=Path, help="file of JSON lines to which the run is added")
+    parser.add_argument("--record", type=Path, help="JSON lines file to which the run is appended")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--points", type=int, default=6, help="of the curve")
-    parser.add_argument("--validation-rows", type=int, default=500, help="for each of them")
-    parser.add_argument("--test-rows", type=int, help="default: all")
+    parser.add_argument("--points", type=int, default=6, help="points of the curve")
+    parser.add_argument("--validation-rows", type=int, default=500, help="validation rows of each point")
+    parser.add_argument("--test-rows", type=int, help="test rows; default: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def shuffled(ids: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Batches of all rows, again and again, each time in another order."""
+    """Batches of row ids, epoch after epoch without end, in a new order each epoch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(ids)

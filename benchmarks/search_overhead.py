@@ -1,14 +1,15 @@
-"""What does a trial of a search cost besides its training?
+"""Overhead of a search trial: the CPU time that it takes besides its training.
 
     python benchmarks/search_overhead.py                         # this checkout
-    python benchmarks/search_overhead.py --tree ../other         # another one, of before a change, say
+    python benchmarks/search_overhead.py --tree ../other         # another checkout, for instance before a change
 
-Runs the pipeline up to its search on the embedded digits: 16 trials that differ in the learning rate alone, about 10 s
-of training each, none stopped early, as many at a time as there are CPUs. The overhead of a trial is what it takes of a
-CPU in which it does not train: start of its process, import of TensorFlow, tracing, checkpoints, what Ray Tune does. It
-is CPUs x seconds of the search, less the epochs at their median length without the first one, whose tracing counts.
+Runs the pipeline up to its search on the embedded digits: 16 trials that differ only in the learning rate, with about
+10 s of training each, without early stopping, and as many at a time as there are CPUs. The overhead of a trial is the
+CPU time in which it does not train: start of its process, import of TensorFlow, tracing, checkpoints and Ray Tune. It
+is CPUs x seconds of the search minus the time of all epochs, divided by the trials. Every epoch counts with the median
+duration of the epochs after the first, so that tracing, which is in the first, counts as overhead.
 
-Both numbers come from what a run records, MLflow and the task's manifest, so that any version can be measured.
+The numbers come from MLflow and the manifest of the task, which every version of the pipeline records.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-# All that is searched but the learning rate, fixed where it is the preset's.
+# All searched settings except the learning rate, fixed at the values of the preset.
 FIXED = {
     "model.num-latents": 16,
     "model.latent-dim": 64,
@@ -60,14 +61,14 @@ def search(tree: Path, storage: Path, trials: int, epochs: int) -> None:
     options |= {**FIXED, "storage": storage, "until": "search"}
     command = [sys.executable, str(tree / "pipeline" / "run.py"), "quickstart"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    # An installed copy of the project must not be taken for the one that is measured.
-    done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    # PYTHONPATH makes sure that the checkout is measured and not an installed copy of the project.
+    process = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
 
 
 def measure(storage: Path, cpus: int) -> dict[str, Any]:
-    """Seconds of the search, of the training of a trial, and of the rest of a trial, from what was recorded."""
+    """Seconds of the search, and of training and overhead per trial, from the records of the run."""
     (path,) = storage.glob("tasks/search/*/manifest.json")
     manifest = json.loads(path.read_text())
     search_seconds = manifest["seconds"]
@@ -79,7 +80,7 @@ def measure(storage: Path, cpus: int) -> dict[str, Any]:
             seconds = [metric.value for metric in client.get_metric_history(run.info.run_id, "seconds")]
             training.append(len(seconds) * statistics.median(seconds[1:]))
     overhead = (cpus * search_seconds - sum(training)) / len(training)
-    # Before the first trial and after the last one, which longer searches do once too; older versions do not tell.
+    # The work before the first trial and after the last one is done once per search. Older versions do not record it.
     times = [(trial["started"], trial["ended"]) for trial in manifest["output"]["trials"] if "ended" in trial]
     trials_seconds = max(end for _, end in times) - min(start for start, _ in times) if times else search_seconds
     return {

@@ -1,18 +1,17 @@
-"""Learning curves of many points of the search space, to replay searches on.
+"""Learning curves of many points of the search space, on which search_replay.py replays searches.
 
     python benchmarks/search_record.py --archive cifar-100-python.tar.gz --lines curves.jsonl
     python benchmarks/search_record.py --lines curves.jsonl --pack benchmarks/data/search_curves.json.gz
 
-Points are drawn at random and trained to the end, none is stopped early: 120 of them in about 30 minutes on 2 cores, as
-many at a time as there are cores, one core each. Each finished one is a line of `--lines`; the same command goes on
-after the last. `--pack` makes one compressed file of the lines. Both searches and points are judged on validation rows.
+Points are drawn at random and trained to the end without early stopping: 120 of them in about 30 minutes on 2 cores, as
+many at a time as there are cores, on one core each. Each finished curve is appended to `--lines`, and the same command
+continues from there. `--pack` compresses the lines into one file. Accuracy is measured on the validation rows.
 
-The models are small and the rows few, so that a curve takes seconds; what a replay shows holds for such curves.
+The models are small and the rows few, so that a curve takes seconds. The results of a replay hold for such curves.
 """
 
 import argparse
 import gzip
-import hashlib
 import json
 import multiprocessing
 import os
@@ -22,6 +21,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,12 @@ import json_lines
 import numpy as np
 
 from perceiver.cost import macs_per_image, parameter_count
-from pipeline.batches import ImageArrays
-from pipeline.config import DatasetConfig, ModelConfig, TrainingConfig
-from pipeline.presets import PRESETS
+from pipeline.data.config import DatasetConfig
+from pipeline.data.rows import Rows
+from pipeline.settings.config import ModelConfig
+from pipeline.settings.presets import PRESETS
+from pipeline.storage import sha256_of_file
+from pipeline.training.config import TrainingConfig
 from tune.config import SearchConfig
 from tune.space import Space, to_model, training_values
 
@@ -50,7 +53,7 @@ CURVE = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the curves depend on; lines of other settings are not gone on with."""
+    """Settings on which the curves depend. Lines with other settings are not continued."""
 
     train_rows: int
     validation_rows: int
@@ -60,7 +63,7 @@ class Settings:
 
 
 def recipe(settings: Settings) -> tuple[ModelConfig, TrainingConfig]:
-    """Model and training of a curve, before a sample changes them: the preset as it was when the curves were made."""
+    """Model and training of a curve before a sample changes them: the preset at the time of the recording."""
     base = PRESETS["cifar100"]()
     train = replace(
         base.train,
@@ -77,15 +80,17 @@ def recipe(settings: Settings) -> tuple[ModelConfig, TrainingConfig]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
-    parser.add_argument("--lines", type=Path, required=True, help="a line of JSON for each finished curve")
-    parser.add_argument("--pack", type=Path, help="write the lines there, compressed, and train nothing")
+    parser.add_argument("--lines", type=Path, required=True, help="JSON lines file of finished curves")
+    parser.add_argument("--pack", type=Path, help="file for the compressed lines; nothing is trained")
     parser.add_argument("--curves", type=int, default=120)
     parser.add_argument("--train-rows", type=int, default=5000)
     parser.add_argument("--validation-rows", type=int, default=2500)
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--global-batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="curves at the same time")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="curves that are trained at the same time"
+    )
     args = parser.parse_args()
     if args.pack:
         pack(args.lines, args.pack)
@@ -93,8 +98,8 @@ def main() -> None:
     if args.archive is None:
         parser.error("give --archive")
     settings = Settings(args.train_rows, args.validation_rows, args.epochs, args.global_batch_size, args.seed)
-    done = begin(args.lines, settings)
-    todo = [number for number in range(args.curves) if number not in done]
+    finished = finished_curves(args.lines, settings)
+    missing = [number for number in range(args.curves) if number not in finished]
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -102,23 +107,28 @@ def main() -> None:
         for job in range(args.jobs):
             free.put(cores[job % len(cores)])
         with ProcessPoolExecutor(args.jobs, context, start, (free, args.archive, settings)) as pool:
-            for future in as_completed([pool.submit(curve, number, settings) for number in todo]):
+            for future in as_completed([pool.submit(curve, number, settings) for number in missing]):
                 row = future.result()
                 json_lines.add(args.lines, row)
-                print(line_of(row), file=sys.stderr, flush=True)
+                print(progress_line(row), file=sys.stderr, flush=True)
 
 
-def begin(lines: Path, settings: Settings) -> set[int]:
-    """Numbers of the curves that are done; a file that is not there gets its first line, the settings."""
+def finished_curves(lines: Path, settings: Settings) -> set[int]:
+    """Numbers of the finished curves. Creates a missing file, with the settings as its first line.
+
+    Raises:
+        SystemExit: if the curves of the file have other settings.
+    """
     if not lines.exists():
         json_lines.add(lines, {"settings": vars(settings), "search": vars(SEARCH), "model": SMALLER})
     head, *rows = json_lines.read(lines)
     if head["settings"] != vars(settings):
-        raise SystemExit(f"{lines} has curves of {head['settings']}, not of {vars(settings)}: give another --lines")
+        raise SystemExit(f"{lines} has curves with {head['settings']}, not {vars(settings)}: give another --lines")
     return {row["number"] for row in rows}
 
 
 def pack(lines: Path, target: Path) -> None:
+    """Writes the settings and the curves of `lines` to one compressed file, the record."""
     head, *rows = json_lines.read(lines)
     target.parent.mkdir(parents=True, exist_ok=True)
     contents = json.dumps(head | {"curves": sorted(rows, key=lambda row: row["number"])}, separators=(",", ":"))
@@ -130,43 +140,50 @@ def pack(lines: Path, target: Path) -> None:
     )
 
 
-def line_of(row: dict[str, Any]) -> str:
+@cache
+def unpack(record: Path) -> dict[str, Any]:
+    """The contents of a packed record: `settings`, `search`, `model` and `curves`."""
+    with gzip.open(record) as file:
+        return json.load(file)
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """A finished curve as a line of progress: number, last accuracy, seconds and sample."""
     sample = " ".join(f"{name}={value:.3g}" for name, value in row["sample"].items())
     return f"{row['number']:4} {row['epochs'][-1]['val_accuracy']:.4f} {row['seconds']:6.1f} s  {sample}"
 
 
-_data: tuple[ImageArrays, ImageArrays]
+_data: tuple[Rows, Rows]
 
 
 def start(free: Any, archive: str, settings: Settings) -> None:
-    """Gives this process a core of its own and the rows."""
+    """Binds this process to a core of its own and loads the rows."""
     global _data
     os.sched_setaffinity(0, {free.get()})
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _data = load_rows(archive, settings)
 
 
-def load_rows(archive: str, settings: Settings) -> tuple[ImageArrays, ImageArrays]:
-    """Training and validation rows, equally many of every class as far as that is possible."""
-    from pipeline.datasets import load
-    from pipeline.preprocess import stratified_split
+def load_rows(archive: str, settings: Settings) -> tuple[Rows, Rows]:
+    """Training and validation rows, with the classes as balanced as possible."""
+    from pipeline.data.ingest import load
+    from pipeline.data.rows import stratified_split
 
-    with open(archive, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = load(DatasetConfig(archive=archive, sha256=sha256)).train
+    rows = load(DatasetConfig(archive=archive, sha256=sha256_of_file(archive))).train
     wanted = settings.train_rows + settings.validation_rows
     _, some = stratified_split(rows.labels, wanted / len(rows.labels), settings.seed)
     kept, held_out = stratified_split(rows.labels[some], settings.validation_rows / len(some), settings.seed)
-    return tuple(ImageArrays(some[ids], rows.images[some[ids]], rows.labels[some[ids]]) for ids in (kept, held_out))  # type: ignore[return-value]
+    return rows.take(some[kept]), rows.take(some[held_out])
 
 
 def curve(number: int, settings: Settings) -> dict[str, Any]:
-    """Trains the point with this number to the end."""
+    """Draws the point with this number, trains it to the end, and returns its learning curve."""
     import keras
 
-    from pipeline.train import train_in_process
+    from pipeline.training.worker import Worker
+    from pipeline.workers.in_process import train_in_process
 
-    keras.utils.clear_session()  # of the curve before
+    keras.utils.clear_session()  # frees the model of the previous curve
     train, validation = _data
     base, config = recipe(settings)
     pixels = train.images / np.float32(255)
@@ -179,16 +196,14 @@ def curve(number: int, settings: Settings) -> dict[str, Any]:
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         epochs.append({name: float(f"{metrics[name]:.6g}") for name in CURVE})
 
-    begun = time.perf_counter()
-    train_in_process(
-        model, replace(config, **training_values(sample)), train, validation, report=report, resume_from=None
-    )
+    began = time.perf_counter()
+    train_in_process(model, replace(config, **training_values(sample)), train, validation, Worker(report=report))
     return {
         "number": number,
         "sample": sample,
         "parameters": parameter_count(model),
         "gmacs": macs_per_image(model) / 1e9,
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - began,
         "epochs": epochs,
     }
 

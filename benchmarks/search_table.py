@@ -1,14 +1,14 @@
-"""What did a search find? Its trials, with uncertainties, and what each value of a dimension came to.
+"""Tables of a search: its trials, with the uncertainty of their accuracy, and the mean accuracy per searched value.
 
     python pipeline/run.py cifar100 --until search --search.num-trials 40 ...
     python benchmarks/search_table.py runs
     python benchmarks/search_table.py benchmarks/data/search_trials.json.gz
 
-Reads the trials of the newest search below a storage folder, also of one that is not done, or those that `--pack` has
-written. The uncertainty of a validation accuracy is one standard error of a share of so many rows; another seed of the
-training adds to it. The means by value are of the accuracy after the first epoch, which every trial has: what ASHA has
-stopped would otherwise count with an early value. TPE tries good regions more often, so a mean by value is no effect by
-itself.
+Reads the trials of the newest search in a storage folder, finished or not, or a file that `--pack` has written. The
+uncertainty of an accuracy is the standard error of a proportion over the validation rows; the seed of the training adds
+further variance. The means per value are means of the accuracy after the first epoch, which every trial has; later, the
+trials that ASHA stopped would count with an early accuracy. TPE samples good regions more often, so the mean of a value
+is not the effect of that value alone.
 """
 
 import argparse
@@ -29,25 +29,25 @@ from tune.space import DIMENSIONS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("place", type=Path, help="storage folder, or file of packed trials")
-    parser.add_argument("--pack", type=Path, help="write the trials there, compressed, to keep them")
-    parser.add_argument("--validation-rows", type=int, default=2500, help="rows on which trials were judged")
+    parser.add_argument("--pack", type=Path, help="file for the compressed trials")
+    parser.add_argument("--validation-rows", type=int, default=2500, help="validation rows of the search")
     args = parser.parse_args()
     trials = read(args.place)
     if args.pack:
         with gzip.GzipFile(args.pack, "wb", mtime=0) as file:  # the same trials give the same bytes
             file.write(json.dumps(trials, separators=(",", ":")).encode())
-    told = [
+    started = [
         trial | {"best": max(row["val_accuracy"] for row in trial["history"])} for trial in trials if trial["history"]
     ]
     console = Console(width=200)
-    console.print(trial_table(told, args.validation_rows))
-    console.print(value_table(told))
+    console.print(trial_table(started, args.validation_rows))
+    console.print(value_table(started))
     statuses = {status: sum(trial["status"] == status for trial in trials) for status in {t["status"] for t in trials}}
-    print(json.dumps({"benchmark": "search_table", "statuses": statuses, "trials": told}))
+    print(json.dumps({"benchmark": "search_table", "statuses": statuses, "trials": started}))
 
 
 def read(place: Path) -> list[dict[str, Any]]:
-    """The trials, in the order in which they were begun."""
+    """The trials, in the order in which they began."""
     if place.is_file():
         with gzip.open(place) as file:
             return json.load(file)
@@ -58,7 +58,7 @@ def read(place: Path) -> list[dict[str, Any]]:
 
 
 def trial_table(trials: list[dict[str, Any]], rows: int) -> Table:
-    """The best trials first."""
+    """A row per trial, the best first; `rows` is the number of validation rows."""
     names = [d.name for d in DIMENSIONS if d.name in trials[0]["values"]]
     short = (name.replace("num_self_attention_", "").replace("num_", "") for name in names)
     table = Table("trial", *short, "GFLOPs", "parameters", "status", "epochs", "best accuracy", "minutes")
@@ -73,7 +73,7 @@ def trial_table(trials: list[dict[str, Any]], rows: int) -> Table:
 
 
 def value_table(trials: list[dict[str, Any]]) -> Table:
-    """By value of each dimension: trials, mean accuracy after the first epoch, best accuracy of all."""
+    """A row per value of each dimension: number of trials, mean accuracy after the first epoch, best accuracy."""
     table = Table("dimension", "value", "trials", "after epoch 1, mean ± 95%", "best")
     for dimension in DIMENSIONS:
         if dimension.scale == "log" or dimension.name not in trials[0]["values"]:

@@ -1,80 +1,82 @@
-"""What do the pipeline and a second worker cost and gain over plain Keras?
+"""Throughput of the pipeline with one and two workers, compared with plain Keras.
 
     python benchmarks/train_overhead.py --archive cifar-100-python.tar.gz
 
-The preset `cifar100` on real rows, or `quickstart` on scikit-learn's digits where no archive is given:
+The preset is `cifar100` with the archive, or `quickstart` on scikit-learn's digits without one. The cases are:
 
-    (a) plain      keras.Model.fit from arrays in memory, the same augmentation as operations of tf.data
-    (b) pipeline   pipeline.fit.fit, one worker
-    (c) workers    pipeline.fit.fit, two workers with a thread each
+    (a) plain      keras.Model.fit on arrays in memory, with the same augmentation as tf.data operations
+    (b) pipeline   pipeline.training.fit.fit with one worker
+    (c) workers    pipeline.training.fit.fit with two workers of one thread each
 
-Each in processes of its own, which take turns. A turn is an epoch of `--steps` steps; its images/s count from the end
-of the first step to the end of the last, so validation, checkpoint and start-up are left out. Start-up is everything
-before the end of the first step. A case with one thread is bound to one core. Required: (b)/(a) at least 0.97,
-(c)/(a on one core) 1.85 with the same XLA setting and 1.75 best against best, best (c)/best (a with two threads) 1.1.
+Each case runs in its own processes, and the cases take turns. A turn is an epoch of `--steps` steps. Its images/s are
+measured from the end of the first step to the end of the last, so they exclude validation, checkpoint and start-up.
+Start-up is everything before the end of the first step. A case with one thread is bound to one core. The required
+ratios are: (b)/(a) at least 0.97; (c)/(a on one core) at least 1.85 with the same XLA setting and at least 1.75 between
+the best of each; best (c)/best (a with two threads) at least 1.1.
 """
 
 import argparse
-import hashlib
 import json
 import os
-import socket
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from local_workers import free_addresses, join_cluster
 from rich.console import Console
 from rich.table import Table
+from tf_data_feed import Feed, augmented, feed
 from turns import Answer, Contestant, medians
 
-from pipeline import presets
-from pipeline.batches import ImageArrays
-from pipeline.config import PipelineConfig, TrainingConfig
-from pipeline.datasets import load
+from pipeline.data.ingest import load
+from pipeline.data.rows import Rows
+from pipeline.settings import presets
+from pipeline.settings.config import PipelineConfig
+from pipeline.storage import sha256_of_file
 
-Feed = Literal["tf.data", "generator", "device", "none"]
-MANY = 10**6  # epochs of a training that ends when its process is ended
+ENDLESS = 10**6  # more epochs than any training completes before its process is ended
 
 
 @dataclass(frozen=True)
 class Case:
-    """What takes part."""
+    """A training to measure."""
 
     kind: Literal["plain", "pipeline"]
     threads: int = 1
     num_workers: int = 1
     xla: bool = False
     feed: Feed = "tf.data"
-    """Of `plain`: augmentation in tf.data, in pipeline.batches, in the step, or the same batch again and again."""
+    """Where `plain` augments its batches; `pipeline` ignores it."""
 
     @property
     def name(self) -> str:
-        feed = f", {self.feed}" if self.kind == "plain" else ""
+        suffix = f", {self.feed}" if self.kind == "plain" else ""
         what = "workers" if self.num_workers > 1 else self.kind
-        return f"{what}{feed}, {self.num_workers} x {self.threads} thread{', XLA' if self.xla else ''}"
+        return f"{what}{suffix}, {self.num_workers} x {self.threads} thread{', XLA' if self.xla else ''}"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all cases train."""
+    """The model, the rows and the number of steps per epoch that all cases have."""
 
     config: PipelineConfig
-    train: ImageArrays
-    validation: ImageArrays
+    train: Rows
+    validation: Rows
     steps: int
-    started: float = 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz; without it the digits")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every case")
-    parser.add_argument("--steps", type=int, default=17, help="steps of a turn")
+    parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz; default: the digits")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each case")
+    parser.add_argument("--steps", type=int, default=17, help="training steps in a turn")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--feeds", nargs="+", default=["tf.data"], help="of (a): tf.data, generator, device, none")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of (a) and (b)")
+    parser.add_argument(
+        "--feeds", nargs="+", default=["tf.data"], help="where (a) augments: tf.data, generator, device, none"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of (a) and (b)")
     parser.add_argument("--xla", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--only", nargs="+", choices=["plain", "pipeline", "workers"])
     args = parser.parse_args()
@@ -100,13 +102,12 @@ def main() -> None:
 
 
 def make_job(args: argparse.Namespace) -> tuple[Job, str | None]:
-    """Rows and settings, and the SHA-256 of the archive."""
+    """Settings and rows of the measurement, and the SHA-256 of the archive, None for the digits."""
     sha256 = None
     config = presets.quickstart()
     if args.archive:
         config = presets.cifar100()
-        with open(args.archive, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of_file(args.archive)
         config = replace(config, data=replace(config.data, archive=args.archive, sha256=sha256))
     split = load(config.data).train
     pixels = split.images.astype(np.float32) / 255
@@ -115,52 +116,48 @@ def make_job(args: argparse.Namespace) -> tuple[Job, str | None]:
         pixel_mean=tuple(map(float, pixels.mean((0, 1, 2)))),
         pixel_std=tuple(map(float, pixels.std((0, 1, 2)))),
     )
-    train = replace(config.train, epochs=MANY, early_stopping_patience=MANY, precision=args.precision)
+    train = replace(config.train, epochs=ENDLESS, early_stopping_patience=ENDLESS, precision=args.precision)
     rows = args.steps * train.global_batch_size
     if rows + train.global_batch_size > len(split.labels):
-        raise SystemExit(f"--steps {args.steps}: there are only {len(split.labels)} training rows")
-
-    def arrays(start: int, stop: int) -> ImageArrays:
-        return ImageArrays(np.arange(start, stop), split.images[start:stop], split.labels[start:stop])
-
-    validation = arrays(rows, rows + train.global_batch_size)
-    return Job(replace(config, model=model, train=train), arrays(0, rows), validation, args.steps), sha256
+        raise SystemExit(f"--steps {args.steps}: there are only {len(split.labels)} training rows, lower it")
+    validation = split.take(slice(rows, rows + train.global_batch_size))
+    return Job(replace(config, model=model, train=train), split.take(slice(rows)), validation, args.steps), sha256
 
 
 def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
-    """Lets all cases take turns; a case of several workers is a process each, which begin together."""
+    """Measures all cases in turns; each worker of a case is a process, and the workers of a case begin together."""
     teams: list[list[Contestant]] = []
     first: list[float] = []
     try:
         for case in cases:
             start = time.time()
-            addresses = [f"127.0.0.1:{port}" for port in free_ports(case.num_workers)]
+            addresses = free_addresses(case.num_workers)
             teams.append([Contestant(run, case, rank, addresses, job) for rank in range(case.num_workers)])
             for contestant in teams[-1]:
                 contestant.wait()
             first.append(time.time() - start)
         rates: list[list[float]] = [[] for _ in cases]
         for _ in range(rounds):
-            for team, of_case in zip(teams, rates, strict=True):
+            for team, case_rates in zip(teams, rates, strict=True):
                 for contestant in team:
                     contestant.begin()
-                of_workers = [contestant.wait() for contestant in team]
-                of_case.append(of_workers[0])
+                first_worker, *_ = [contestant.wait() for contestant in team]
+                case_rates.append(first_worker)
     finally:
         for team in teams:
             for contestant in team:
                 contestant.end()
     rows = []
-    for case, seconds, of_case in zip(cases, first, rates, strict=True):
-        median, slowest, quickest = medians(of_case)
+    for case, seconds, case_rates in zip(cases, first, rates, strict=True):
+        median, slowest, fastest = medians(case_rates)
         rest = (job.steps - 1) * job.config.train.global_batch_size / median
         rows.append(
             {
                 "name": case.name,
                 **asdict(case),
                 "images_per_second": median,
-                "range": [slowest, quickest],
-                "turns": of_case,
+                "range": [slowest, fastest],
+                "turns": case_rates,
                 "start_up_seconds": seconds - rest,
             }
         )
@@ -168,13 +165,12 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
 
 
 def run(answer: Answer, case: Case, rank: int, addresses: list[str], job: Job) -> None:
-    """One process: answers images/s after every epoch."""
+    """Case of a `Contestant`: a worker, which answers its images/s after each epoch."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if case.num_workers > 1:
-        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-        os.environ["TF_CONFIG"] = json.dumps(cluster)
+        join_cluster(addresses, rank)
     elif case.threads == 1:
-        # All threads of the process, TensorFlow's for the input too, share the core.
+        # All threads of the process share the core, including those of TensorFlow's input pipeline.
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     import tensorflow as tf
 
@@ -183,14 +179,15 @@ def run(answer: Answer, case: Case, rank: int, addresses: list[str], job: Job) -
     if case.kind == "plain":
         run_plain(answer, case, job)
     else:
-        if job.config.train.deterministic:  # what pipeline.train does before it calls `fit`
+        if job.config.train.deterministic:  # as pipeline.workers does before it calls `fit`
             tf.config.experimental.enable_op_determinism()
         run_pipeline(answer, case, rank, job)
 
 
 def run_pipeline(answer: Answer, case: Case, rank: int, job: Job) -> None:
     from perceiver.config import PerceiverConfig
-    from pipeline.fit import Worker, fit
+    from pipeline.training.fit import fit
+    from pipeline.training.worker import Worker
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         answer(metrics["images_per_second"])
@@ -204,11 +201,11 @@ def run_plain(answer: Answer, case: Case, job: Job) -> None:
     import keras
 
     from perceiver.model import Perceiver
-    from pipeline.optimization import SmoothedCrossEntropy, optimizer
+    from pipeline.training.optimization import SmoothedCrossEntropy, optimizer
 
     settings = job.config.train
 
-    class Turns(keras.callbacks.Callback):
+    class Throughput(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
             if batch == 0:
                 self.start = time.perf_counter()
@@ -233,60 +230,12 @@ def run_plain(answer: Answer, case: Case, job: Job) -> None:
     if case.feed == "device":
         step = model.train_step
         model.train_step = lambda data: step((augmented(data[0], settings), data[1]))
-    batches = feed(case.feed, job)
-    model.fit(batches, epochs=MANY, steps_per_epoch=job.steps, callbacks=[Turns()], shuffle=False, verbose=0)
-
-
-def feed(kind: Feed, job: Job) -> Any:
-    """Endless batches (B, H, W, C) uint8 and (B,), as the usual tf.data code makes them."""
-    import tensorflow as tf
-
-    from pipeline.batches import train_batches
-
-    settings, rows = job.config.train, job.train
-    if kind == "generator":
-        return tf.data.Dataset.from_generator(
-            lambda: train_batches(rows, settings, job.config.model.num_classes, rank=0, num_workers=1),
-            output_signature=(
-                tf.TensorSpec((settings.global_batch_size, *rows.images.shape[1:]), tf.uint8),
-                tf.TensorSpec((settings.global_batch_size,), tf.int32),
-            ),
-        ).prefetch(tf.data.AUTOTUNE)
-    arrays = tf.data.Dataset.from_tensor_slices((rows.images, rows.labels))
-    if kind == "none":
-        return arrays.batch(settings.global_batch_size, drop_remainder=True).take(1).cache().repeat()
-    batches = arrays.shuffle(len(rows.labels)).repeat().batch(settings.global_batch_size, drop_remainder=True)
-    if kind == "tf.data":
-        batches = batches.map(lambda images, labels: (augmented(images, settings), labels), tf.data.AUTOTUNE)
-    return batches.prefetch(tf.data.AUTOTUNE)
-
-
-def augmented(images: Any, settings: TrainingConfig) -> Any:
-    """What `pipeline.batches.augment` does but zoom, as TensorFlow's operations on a batch (B, H, W, C) uint8."""
-    import tensorflow as tf
-
-    size, height, width = images.shape[:3]
-    pad = settings.random_crop_padding
-    if pad:
-        corners = tf.random.uniform((size, 2), 0, 2 * pad + 1, tf.int32)
-        padded = tf.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), "REFLECT")
-        images = tf.gather(padded, corners[:, :1] + tf.range(height), axis=1, batch_dims=1)
-        images = tf.gather(images, corners[:, 1:] + tf.range(width), axis=2, batch_dims=1)
-    if settings.random_flip:
-        images = tf.where(tf.random.uniform((size, 1, 1, 1)) < 0.5, images[:, :, ::-1], images)
-    return images
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    batches = feed(case.feed, job.train, settings, job.config.model.num_classes)
+    model.fit(batches, epochs=ENDLESS, steps_per_epoch=job.steps, callbacks=[Throughput()], shuffle=False, verbose=0)
 
 
 def targets(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The ratios that are required, of those cases that took part; (a) is the quickest feed."""
+    """The required ratios for which all cases were measured; (a) is the fastest of its feeds."""
 
     def best(kind: str, workers: int, threads: int, xla: tuple[bool, ...] = (False, True)) -> float:
         return max(
@@ -316,9 +265,9 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, float]:
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table("case", "images/s", "range", "start-up s", title=title)
     for row in rows:
-        slowest, quickest = row["range"]
+        slowest, fastest = row["range"]
         rate = f"{row['images_per_second']:.0f}"
-        table.add_row(row["name"], rate, f"{slowest:.0f} to {quickest:.0f}", f"{row['start_up_seconds']:.1f}")
+        table.add_row(row["name"], rate, f"{slowest:.0f} to {fastest:.0f}", f"{row['start_up_seconds']:.1f}")
     Console(width=120).print(table)
 
 

@@ -1,6 +1,6 @@
-"""Contestants that take turns: each a process of its own, only one of them at work at any time.
+"""Contestants of a benchmark: each case runs in its own process, and the cases compute in turns.
 
-Side by side means A B A B here, so that whatever else the machine does meets all contestants alike.
+The turns are interleaved (A B A B ...), so that a change in the load of the machine affects all cases alike.
 """
 
 import multiprocessing
@@ -11,22 +11,22 @@ from typing import Any, Protocol
 
 
 class Answer(Protocol):
-    """What a contestant calls when its turn is over: hands the result over and waits for the next turn."""
+    """Callback of a contestant: sends the result of a turn, then waits until the next turn begins."""
 
     def __call__(self, result: Any) -> None: ...
 
 
 class Contestant:
-    """A case in a fresh process, which computes only while `turn` waits for it.
+    """A case in a new process, which computes only during its turns.
 
     Args:
-        case: called in the process as `case(answer, *arguments)`. It calls `answer` once when it is set up, then once
-            a turn, without end.
-        arguments: its further arguments; all that goes to a process or comes from it must be picklable.
+        case: Called in the process as `case(answer, *arguments)`. It calls `answer` once after its set-up and then once
+            per turn, until `end` stops it.
+        arguments: Further arguments of `case`. Everything that is sent to or from the process must be picklable.
     """
 
     def __init__(self, case: Callable[..., None], *arguments: Any) -> None:
-        # Not forked: TensorFlow's threads, and the memory that the parent holds, would come along.
+        # Not forked, because a fork would inherit the parent's memory and TensorFlow's threads.
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_play, args=(theirs, case, arguments), daemon=True)
@@ -34,36 +34,38 @@ class Contestant:
         theirs.close()  # so that `wait` ends when the process does
 
     def wait(self) -> Any:
-        """What the process answers next.
+        """Waits for the next answer of the process.
 
         Raises:
-            RuntimeError: if it died instead.
+            RuntimeError: if the process ended instead.
         """
         try:
             return self._connection.recv()
         except EOFError:
             self._process.join()
             raise RuntimeError(
-                f"a contestant ended with exit code {self._process.exitcode}, see its messages"
+                f"a contestant ended with exit code {self._process.exitcode}, see its output above"
             ) from None
 
     def begin(self) -> None:
-        """Lets the process take a turn; `wait` gives the result."""
+        """Lets the process begin a turn; `wait` returns its result."""
         self._connection.send(True)
 
     def turn(self) -> Any:
+        """Runs one turn and returns its result."""
         self.begin()
         return self.wait()
 
     def end(self) -> None:
+        """Ends the process, also in the middle of a turn."""
         self._connection.close()
         self._process.join(timeout=2)
-        self._process.kill()  # the threads of TensorFlow may keep a process that has nothing left to do
+        self._process.kill()  # threads of TensorFlow may keep a finished process alive
         self._process.join()
 
 
 def medians(turns: Iterable[float]) -> tuple[float, float, float]:
-    """Median, smallest and largest."""
+    """Median, minimum and maximum."""
     turns = list(turns)
     return statistics.median(turns), min(turns), max(turns)
 
@@ -74,6 +76,6 @@ def _play(connection: Connection, case: Callable[..., None], arguments: tuple[An
         try:
             connection.recv()
         except EOFError:
-            raise SystemExit from None  # `end` was called, or the parent is gone
+            raise SystemExit from None  # `end` was called, or the parent process has ended
 
     case(answer, *arguments)

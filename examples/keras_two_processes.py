@@ -1,12 +1,12 @@
-"""A Keras 3 model and data of your own on two processes, without Ray.
+"""Trains a Keras 3 model of your own on your own data in two processes, without Ray.
 
-    python examples/keras_two_processes.py        # starts both; about 20 s on 2 cores
+    python examples/keras_two_processes.py        # starts both processes; about 20 s on 2 cores
 
-To join processes on several hosts, start the script on each with TF_CONFIG set, in which `index` differs:
+To train on several hosts, start the script on each of them with TF_CONFIG set. Only `index` differs between the hosts:
 
     TF_CONFIG='{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
-Of this project it needs pipeline/multiworker.py only.
+The only part of this project that it needs is pipeline/multiworker.py.
 """
 
 import json
@@ -23,11 +23,11 @@ def train() -> None:
 
     from pipeline import multiworker
 
-    # A process takes all cores unless told otherwise; before the strategy, which starts TensorFlow.
+    # By default each process would use all cores. The strategy starts TensorFlow, so this must come before it.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    keras.utils.set_random_seed(0)  # the same everywhere: each process shuffles all rows and takes its share
+    keras.utils.set_random_seed(0)  # the same in all processes: each shuffles all rows and takes its share
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1001, 8)).astype("float32")
@@ -47,14 +47,14 @@ def train() -> None:
 
     chief = strategy.cluster_resolver.task_id == 0
     model.fit(x[:801], y[:801], batch_size=64, epochs=10, validation_data=(x[801:], y[801:]), verbose=2 * chief)
-    predictions = model.predict(x[801:], batch_size=64, verbose=0)  # a collective too: on every process, all rows
+    predictions = model.predict(x[801:], batch_size=64, verbose=0)  # collective: all processes call it and get all rows
     if chief:
         accuracy = np.mean(predictions.argmax(axis=1) == y[801:])
         print(f"{len(predictions)} rows predicted, {accuracy:.0%} of them right")
 
 
 def start_two() -> None:
-    """Runs this script twice, with a TF_CONFIG for each."""
+    """Runs this script in two processes, each with its own TF_CONFIG."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     addresses = [f"127.0.0.1:{listener.getsockname()[1]}" for listener in listeners]
     for listener in listeners:

@@ -1,8 +1,8 @@
-"""A Keras 3 model and data of your own on two Ray Train workers.
+"""Trains a Keras 3 model of your own on your own data with two Ray Train workers.
 
-    python examples/ray_train_own_model.py        # starts Ray here; about 40 s on 2 cores
+    python examples/ray_train_own_model.py        # starts Ray on this machine; about 40 s on 2 cores
 
-With RAY_ADDRESS set it runs on that cluster. Of this project it needs pipeline/multiworker.py only.
+If RAY_ADDRESS is set, it runs on that cluster. The only part of this project that it needs is pipeline/multiworker.py.
 """
 
 import tempfile
@@ -13,18 +13,18 @@ from ray.train.tensorflow import TensorflowTrainer
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> list[float]:
-    """What every worker runs; Ray has set TF_CONFIG. Returns the validation accuracy after every epoch."""
+    """Runs on every worker, where Ray has set TF_CONFIG; returns the validation accuracy after each epoch."""
     import keras
     import tensorflow as tf
     from sklearn.datasets import load_digits
 
     from pipeline import multiworker
 
-    # A worker would take all cores of its host; before the strategy, which starts TensorFlow.
+    # By default each worker would use all cores. The strategy starts TensorFlow, so this must come before it.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    keras.utils.set_random_seed(config["seed"])  # the same everywhere: each shuffles all rows and takes its share
+    keras.utils.set_random_seed(config["seed"])  # the same on all workers: each shuffles all rows and takes its share
 
     digits = load_digits()
     x, y = digits.images[..., None].astype("float32") / 16, digits.target.astype("int32")
@@ -43,7 +43,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> list[float]:
         model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     multiworker.enable(model)
 
-    # Every worker has the same metrics, and every worker reports.
+    # The metrics are the same on all workers. Ray Train requires that every worker reports.
     report = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ray.train.report({"epoch": epoch, **logs}))
     history = model.fit(
         x[:1500],
@@ -60,12 +60,12 @@ def train_loop_per_worker(config: dict[str, Any]) -> list[float]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as storage:
         trainer = TensorflowTrainer(
-            train_loop_per_worker,  # type: ignore[arg-type]  # declared to return nothing
+            train_loop_per_worker,  # type: ignore[arg-type]  # Ray declares that it returns nothing
             train_loop_config={"epochs": 5, "learning_rate": 3e-3, "seed": 0},
             scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="own_model", storage_path=storage),
         )
-        # Ray keeps metrics that were reported with a checkpoint only; this is what rank 0 has returned.
+        # Ray keeps only metrics that are reported with a checkpoint, so take the value that rank 0 returned.
         accuracies = trainer.fit().return_value  # type: ignore[attr-defined]
     print(f"validation accuracy after epoch {len(accuracies)}: {accuracies[-1]:.1%}")
 

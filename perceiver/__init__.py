@@ -1,4 +1,18 @@
-"""A Keras 3 Perceiver: `Perceiver`, its `PerceiverConfig`, and `attention_maps`."""
+"""A Perceiver image classifier in Keras 3 (Jaegle et al., 2021, arXiv:2103.03206), usable without the pipeline.
+
+model.py                   `Perceiver`, from uint8 images to logits, and `attention_maps`
+config.py                  `PerceiverConfig`, its settings
+presets.py                 named settings
+cost.py                    parameters, multiply-accumulates and activation memory of a config
+preprocessing.py           images to rows of the data array: normalisation, patches, convolutional stem
+position_encoding.py       Fourier features and learned positions
+blocks.py                  cross-attention and self-attention block, MLP
+attention.py               multi-head attention
+dot_product_attention.py   its core, with a backward pass of its own
+chunked_attention.py       the same in bounded memory, over chunks of the inputs
+normalization.py           LayerNorm with a backward pass of its own
+gelu.py                    GELU with a backward pass of its own
+"""
 
 from typing import Any
 
@@ -8,7 +22,7 @@ __all__ = ["Perceiver", "PerceiverConfig", "attention_maps"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the model, and Keras with it, only when it is asked for: settings alone have to be quick."""
+    """Imports the model, and Keras with it, on first use, so that the settings alone import fast."""
     if name not in ("Perceiver", "attention_maps"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from perceiver import model

@@ -1,7 +1,8 @@
-"""Multi-head attention whose keys and values can be had apart from the rest.
+"""Multi-head attention whose keys and values can be computed separately.
 
-So a cross-attend which several iterations share computes them once an image, not once an iteration. Shapes: B images,
-N latents, M inputs, H heads, D the width of a latent, C the width of a row of the data array.
+A cross-attend that several iterations share thus computes them once per image rather than once per iteration.
+`keras.layers.MultiHeadAttention` cannot do that. Shapes: B images, N latents, M inputs, H heads, D the width of a
+latent, C the width of a row of the data array.
 """
 
 import math
@@ -14,30 +15,30 @@ from keras import layers, ops
 from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
 from perceiver.dot_product_attention import dot_product_attention
 
-Shape = tuple[Any, ...]  # numbers, None where one is not known
+Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class MultiHeadAttention(keras.layers.Layer):
-    """softmax(s Q K^T) V, heads side by side, then a linear layer.
+    """softmax(s Q K^T) V for each head, then a linear layer on the concatenated heads.
 
-    The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it goes on Q, the smallest of the three. The softmax runs in
-    float32 whatever the compute dtype where there is a mask, dropout or chunks, or the weights are returned.
+    The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it is applied to Q, the smallest of the three. With a mask,
+    dropout, chunks or returned weights, the softmax is computed in float32 whatever the compute dtype.
 
     Args:
-        num_heads: heads H.
-        qk_dim: width of queries and keys, all heads together.
-        v_dim: width of the values, all heads together.
-        output_dim: width of the output projection; None: no projection, so that the result is `v_dim` wide.
+        num_heads: Number of heads H.
+        qk_dim: Width of queries and keys, all heads together.
+        v_dim: Width of the values, all heads together.
+        output_dim: Width of the output projection; None: no projection, so that the result is `v_dim` wide.
         scale: "inverse_sqrt" or "learned".
-        dropout: rate on the attention weights.
-        chunk_size: keys held at once, as an online softmax; None: all of them.
-        seed: of the dropout masks; None draws one.
+        dropout: Dropout rate on the attention weights.
+        chunk_size: Number of keys processed at once, in an online softmax; None: all of them.
+        seed: Seed of the dropout masks; None: a random one.
 
     Call: rows (B or 1, N, D) and data (B, M, C) -> (B, N, output_dim). With `keys_values`, which the method of that
     name returns, data may be None. `attention_mask` is boolean, (B, M) or (B, N, M), true where a row may attend; a
-    row that may attend nowhere gets zeros. With `return_weights` the result is a pair, the second part of which is
-    the attention weights (B, H, N, M).
+    row that may attend nowhere gets zeros. With `return_weights`, the result is a pair whose second part is the
+    attention weights (B, H, N, M).
 
     Example:
         >>> attention = MultiHeadAttention(num_heads=2, qk_dim=8, v_dim=8, output_dim=4)
@@ -97,7 +98,7 @@ class MultiHeadAttention(keras.layers.Layer):
         keys, values = self.keys_values(data) if keys_values is None else keys_values
         factor = self.factor if self.scale == "learned" else 1 / math.sqrt(self.qk_dim // self.num_heads)
         queries = _split_heads(self.query(rows) * factor, self.num_heads)
-        # Not left to the product: TensorFlow 2.21 with oneDNN corrupts its memory where it broadcasts a batch of one.
+        # Not left to the matmul: TensorFlow 2.21 with oneDNN corrupts memory when it broadcasts a batch of one.
         queries = ops.broadcast_to(queries, (ops.shape(keys)[0], *queries.shape[1:]))
         mask = attention_mask
         if mask is not None:  # (B, 1, 1 or N, M)

@@ -1,4 +1,4 @@
-"""The blocks that a Perceiver repeats: cross-attention and self-attention, each with an MLP, pre-LayerNorm."""
+"""The blocks of a Perceiver: pre-LayerNorm cross-attention and self-attention, each followed by an MLP."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +11,16 @@ from perceiver.attention import MultiHeadAttention
 from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 
-Shape = tuple[Any, ...]  # numbers, None where one is not known
+Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class MLP(keras.layers.Layer):
-    """A GELU layer and a linear layer back to the width of the input.
+    """A GELU layer, then a linear layer back to the width of the input.
 
     Args:
-        widening_factor: hidden width in multiples of the width of the input.
-        approximate_gelu: whether GELU is the tanh approximation.
+        widening_factor: Hidden width in multiples of the width of the input.
+        approximate_gelu: Whether GELU is the tanh approximation.
 
     Call: (B, N, D) -> (B, N, D).
     """
@@ -52,7 +52,7 @@ class MLP(keras.layers.Layer):
 
 
 class _Block(keras.layers.Layer):
-    """What both blocks have: their arguments, the attention, the dropouts and the MLP."""
+    """The common part of both blocks: arguments, attention, dropouts and MLP."""
 
     def __init__(
         self,
@@ -110,13 +110,13 @@ class _Block(keras.layers.Layer):
         return norm
 
     def _rematerialised(self, function: Callable) -> Callable:
-        """The function, computed again in the backward pass if the block is to save memory.
+        """Wraps a function so that it is recomputed in the backward pass, if `remat` is set.
 
-        Not `keras.RematScope`, which in TensorFlow's graph mode cannot take a layer that is called with keywords. The
-        dropouts on the outputs stay outside, since they would draw another mask.
+        `keras.RematScope` fails in TensorFlow's graph mode on a layer that is called with keywords. The dropouts on the
+        outputs are not wrapped, since they would draw another mask.
         """
-        # A new lambda each time: JAX caches the trace of a function that it has seen, and with it the weights of then,
-        # which would get no gradient.
+        # A new lambda for each call: JAX caches the trace of a function together with the weights of that time, and the
+        # current weights would get no gradient.
         return keras.remat(lambda *inputs: function(*inputs)) if self.remat else function
 
     def get_config(self) -> dict[str, Any]:
@@ -138,20 +138,20 @@ class _Block(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class SelfAttentionBlock(_Block):
-    """Latents attend to one another, then an MLP; a LayerNorm before each, a skip around both.
+    """Self-attention of the latents, then an MLP; each has a LayerNorm before it and a skip connection around it.
 
     Args:
-        num_heads: heads H.
-        qk_dim: width of queries and keys, all heads together; None: D.
-        v_dim: width of the values, all heads together; None: `qk_dim`.
-        widening_factor: hidden width of the MLP in multiples of D.
-        dropout: rate after the attention and after the MLP.
-        attention_dropout: rate on the attention weights.
-        dropout_after_attention: false keeps `dropout` to the MLP.
-        approximate_gelu: whether GELU is the tanh approximation.
-        epsilon: of every LayerNorm.
-        remat: whether attention and MLP are computed again in the backward pass; not with `attention_dropout`.
-        seed: of the dropout masks; None draws one.
+        num_heads: Number of heads H.
+        qk_dim: Width of queries and keys, all heads together; None: D.
+        v_dim: Width of the values, all heads together; None: `qk_dim`.
+        widening_factor: Hidden width of the MLP in multiples of D.
+        dropout: Dropout rate after the attention and after the MLP.
+        attention_dropout: Dropout rate on the attention weights.
+        dropout_after_attention: Whether `dropout` applies after the attention too, not only after the MLP.
+        approximate_gelu: Whether GELU is the tanh approximation.
+        epsilon: Epsilon of every LayerNorm.
+        remat: Whether attention and MLP are recomputed in the backward pass; not with `attention_dropout`.
+        seed: Seed of the dropout masks; None: a random one.
 
     Call: (B, N, D) -> (B, N, D); `attention_mask` as in `MultiHeadAttention`.
 
@@ -178,13 +178,13 @@ class SelfAttentionBlock(_Block):
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class CrossAttentionBlock(_Block):
-    """Latents attend to a data array, then an MLP; a LayerNorm before each, a skip around both.
+    """Cross-attention of latents to a data array, then an MLP; each with LayerNorm and skip connection.
 
-    Args (beside those of `SelfAttentionBlock`; a `qk_dim` of None is C):
-        scale: factor on the logits, "inverse_sqrt" or "learned".
-        residual: what the skips carry, "input" or (as in the published Keras example) "normalised".
-        use_output_projection: false leaves out the linear layer after the attention; `v_dim` has to be D.
-        chunk_size: rows of the data array held at once; None: all of them.
+    Args (besides those of `SelfAttentionBlock`; a `qk_dim` of None is C):
+        scale: Factor on the logits, "inverse_sqrt" or "learned".
+        residual: What the skip connections carry, "input" or (as in the published Keras example) "normalised".
+        use_output_projection: Whether the attention ends with a linear layer; if not, `v_dim` has to be D.
+        chunk_size: Rows of the data array processed at once; None: all of them.
 
     Call: latents (B or 1, N, D) and data (B, M, C) -> (B, N, D); `keys_values`, `attention_mask` and
     `return_weights` as in `MultiHeadAttention`.
@@ -216,7 +216,7 @@ class CrossAttentionBlock(_Block):
         self._build(latents_shape, data_shape, output_dim, scale=self.scale, chunk_size=self.chunk_size)
 
     def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a data array (B, M, C), for several calls with the same data."""
+        """Keys and values of a data array (B, M, C), to be shared by several calls."""
         return self.attention.keys_values(self.data_norm(data))
 
     def call(

@@ -1,7 +1,6 @@
 """Settings of the Perceiver: one frozen dataclass that validates itself.
 
-It imports nothing, neither Keras nor TensorFlow, so that a command line or a cost estimate that needs only the
-settings stays quick.
+It imports neither Keras nor NumPy, so that a command line or a cost estimate, which need only the settings, start fast.
 """
 
 import math
@@ -13,13 +12,12 @@ from typing import Literal, get_args, get_type_hints
 class PerceiverConfig:
     """Shape of a Perceiver image classifier (Jaegle et al., 2021, arXiv:2103.03206).
 
-    Letters as in the paper: the data array is M x C, the latent array N x D. Widths left at `None` follow the paper:
-    queries, keys and values of the cross-attention are as wide as the data array, those of the self-attention as the
-    latents.
+    The letters are the paper's: the data array is M x C, the latent array N x D. Widths that are None follow the paper:
+    queries, keys and values of the cross-attention are as wide as the data array, those of the self-attention as wide
+    as the latents.
 
     Raises:
-        ValueError: if a value is out of range or two values do not fit each other; the message names both and the
-            remedy.
+        ValueError: if a value is out of range or two values contradict each other; the message names them and a remedy.
     """
 
     image_shape: tuple[int, int, int] = (32, 32, 3)
@@ -42,22 +40,21 @@ class PerceiverConfig:
     conv_channels: int = 64
     """Channels of every convolution of the `conv` stem but the last, which has `data_dim` channels."""
     conv_pool_size: int = 2
-    """Side of the windows of the `conv` stem's max-pooling, which are 2 apart: above 2 they overlap."""
+    """Side of the max-pooling windows of the `conv` stem; the stride is 2, so that larger windows overlap."""
     data_dim: int | None = 128
-    """Width C to which rows of the data array are projected before positions are joined; None leaves them as wide
-    as the stem made them."""
+    """Width to which rows of the data array are projected before positions are joined; None keeps the stem's width."""
     position_encoding: Literal["fourier", "learned", "none"] = "learned"
     """Position encoding of the data array."""
     position_combination: Literal["add", "concat"] = "add"
     """Whether position encodings are added to the projected inputs or concatenated to them."""
     num_fourier_bands: int = 16
-    """Number K of frequencies a dimension of the Fourier position encoding."""
+    """Number K of frequencies per dimension of the Fourier position encoding."""
     fourier_max_resolution: int | None = None
     """Highest sampling rate of the Fourier position encoding; None: the size of the grid in each dimension."""
     include_positions: bool = True
-    """Whether the Fourier position encoding starts with the positions themselves."""
+    """Whether the Fourier position encoding contains the positions themselves."""
     learned_position_dim: int | None = None
-    """Width of learned positions that are concatenated; None: as wide as the inputs they join."""
+    """Width of learned positions that are concatenated; None: the width of the inputs."""
 
     num_latents: int = 32
     """Number N of latents."""
@@ -68,7 +65,7 @@ class PerceiverConfig:
     num_self_attention_blocks: int = 2
     """Self-attention blocks in a latent transformer."""
     num_self_attention_repeats: int = 1
-    """How often a latent transformer is applied, with the same weights, after each cross-attend."""
+    """How many times a latent transformer is applied, with the same weights, after each cross-attend."""
     num_cross_attention_heads: int = 1
     """Heads of the cross-attention."""
     num_self_attention_heads: int = 4
@@ -88,9 +85,9 @@ class PerceiverConfig:
     share_weights: bool = True
     """Whether iterations share their weights; false gives every cross-attend and latent transformer its own."""
     share_first_cross_attention: bool = False
-    """Whether the first cross-attend takes the shared weights too; the paper's best ImageNet model does not."""
+    """Whether the first cross-attend uses the shared weights too; in the paper's best ImageNet model it does not."""
     share_first_latent_transformer: bool = True
-    """Whether the first latent transformer takes the shared weights too."""
+    """Whether the first latent transformer uses the shared weights too."""
     dropout: float = 0.0
     """Dropout rate after each attention's output projection and each MLP."""
     attention_dropout: float = 0.0
@@ -98,36 +95,36 @@ class PerceiverConfig:
     dropout_after_attention: bool = True
     """Whether `dropout` applies after attention too; false applies it after each MLP only."""
     seed: int | None = None
-    """Seed of the dropout masks; None draws one."""
+    """Seed of the dropout masks; None: a random one."""
     head: Literal["average", "query"] = "average"
-    """How the latents become logits: their mean and a linear layer, or a learned output query that attends to them."""
+    """How latents become logits: their mean and a linear layer, or a learned output query that attends to them."""
     zero_init_logits: bool = False
     """Whether the last linear layer starts at zero."""
     head_hidden_dim: int | None = None
     """Width of a GELU layer between the pooled latents and the logits; None: no such layer."""
     logits_dropout: float = 0.0
-    """Dropout rate on the logits; only the published Keras example has one."""
+    """Dropout rate on the logits; only the published Keras example uses it."""
     use_final_layer_norm: bool = False
     """Whether the latents are normalised once more before the head."""
 
     residual: Literal["input", "normalised"] = "input"
-    """What the skips of the cross-attention carry: its input, or (as in the published Keras example) that input
-    after its LayerNorm, which leaves no identity path."""
+    """What the skip connections of the cross-attention carry: its input, or (as in the published Keras example) that
+    input after the LayerNorm, which leaves no identity path."""
     cross_attention_scale: Literal["inverse_sqrt", "learned"] = "inverse_sqrt"
     """Factor on the logits of the cross-attention: 1/sqrt(head width), or a learned scalar that starts at 1."""
     cross_attention_output_projection: bool = True
-    """Whether the cross-attention ends with a linear layer; without one its value width has to be D."""
+    """Whether the cross-attention ends with a linear layer; without it, its value width has to be D."""
     approximate_gelu: bool = False
-    """Whether GELU is the tanh approximation, which costs less on some machines, or exact."""
+    """Whether GELU is the tanh approximation, which is faster on some machines, or exact."""
     layer_norm_epsilon: float = 1e-5
     """Epsilon of every LayerNorm."""
     init_std: float = 0.02
-    """Standard deviation of the truncated normal from which latents and learned positions start."""
+    """Standard deviation of the truncated normal that initialises latents and learned positions."""
 
     attention_chunk_size: int | None = None
-    """Rows of the data array that the cross-attention holds at once, as an online softmax; None: all of them."""
+    """Rows of the data array that the cross-attention processes at once, in an online softmax; None: all of them."""
     remat: bool = False
-    """Whether attention and MLPs are computed again in the backward pass instead of kept from the forward pass."""
+    """Whether attention and MLPs are recomputed in the backward pass, to save memory."""
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "pixel_mean", "pixel_std"):  # JSON has no tuples
@@ -142,45 +139,37 @@ class PerceiverConfig:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
-                _require(value in get_args(hint), name, value, f"choose one of {', '.join(get_args(hint))}")
+                self._require(value in get_args(hint), name, f"choose one of {', '.join(get_args(hint))}")
             elif hint in (int, int | None) and name not in ("seed", "num_classes") and value is not None:
-                _require(value >= 1, name, value, "give at least 1")
-        _require(self.conv_pool_size >= 2, "conv_pool_size", self.conv_pool_size, "give at least 2, the stride")
-        _require(self.num_classes >= 2, "num_classes", self.num_classes, "give at least 2")
-        _require(
-            len(self.image_shape) == 3 and min(self.image_shape) >= 1,
-            "image_shape",
-            self.image_shape,
-            "give height, width and channels, each at least 1",
-        )
+                self._require(value >= 1, name, "give at least 1")
+        self._require(self.conv_pool_size >= 2, "conv_pool_size", "give at least 2, the stride")
+        self._require(self.num_classes >= 2, "num_classes", "give at least 2")
+        is_image = len(self.image_shape) == 3 and min(self.image_shape) >= 1
+        self._require(is_image, "image_shape", "give height, width and channels, each at least 1")
         for name in ("dropout", "attention_dropout", "logits_dropout"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a rate in [0, 1)")
+            self._require(0 <= getattr(self, name) < 1, name, "give a rate in [0, 1)")
         for name in ("layer_norm_epsilon", "init_std"):
-            value = getattr(self, name)
-            _require(value > 0 and math.isfinite(value), name, value, "give a positive number")
+            self._require(0 < getattr(self, name) < math.inf, name, "give a positive number")
         channels = self.image_shape[2]
         for name in ("pixel_mean", "pixel_std"):
             value = getattr(self, name)
             if value is not None:
-                _require(len(value) == channels, name, value, f"give one number for each of {channels} channels")
-                _require(all(map(math.isfinite, value)), name, value, "give finite numbers")
+                self._require(len(value) == channels, name, f"give one number for each of {channels} channels")
+                self._require(all(map(math.isfinite, value)), name, "give finite numbers")
         if self.pixel_std is not None:
-            _require(min(self.pixel_std) > 0, "pixel_std", self.pixel_std, "give positive numbers")
+            self._require(min(self.pixel_std) > 0, "pixel_std", "give positive numbers")
         if self.seed is not None:
-            _require(0 <= self.seed < 2**31, "seed", self.seed, "give a number in [0, 2**31)")
+            self._require(0 <= self.seed < 2**31, "seed", "give a number in [0, 2**31)")
         if self.attention_dropout:
-            _require(
-                self.attention_chunk_size is None,
-                "attention_dropout",
-                self.attention_dropout,
-                f"set it to 0, since model.attention_chunk_size = {self.attention_chunk_size} never holds the weights",
-            )
-            _require(
-                not self.remat,
-                "attention_dropout",
-                self.attention_dropout,
-                "set it to 0, since model.remat would draw another mask in the backward pass",
-            )
+            chunk_size = self.attention_chunk_size
+            remedy = f"set it to 0, since model.attention_chunk_size = {chunk_size} never holds the weights"
+            self._require(chunk_size is None, "attention_dropout", remedy)
+            remedy = "set it to 0, since model.remat would draw another mask in the backward pass"
+            self._require(not self.remat, "attention_dropout", remedy)
+
+    def _require(self, condition: bool, name: str, remedy: str) -> None:
+        if not condition:
+            raise ValueError(f"model.{name} = {getattr(self, name)}: {remedy}")
 
     def _check_image(self) -> None:
         height, width = self.resized_shape
@@ -200,8 +189,9 @@ class PerceiverConfig:
             raise ValueError(f"{what} does not divide the image of {height} x {width} pixels: {remedy}")
 
     def _check_heads(self) -> None:
+        data_width = "the width of the data array" if self.data_dim is None or self._joins else "model.data_dim"
         widths = [
-            ("num_cross_attention_heads", "cross_attention_qk_dim", self.cross_qk_dim, self._data_width_name),
+            ("num_cross_attention_heads", "cross_attention_qk_dim", self.cross_qk_dim, data_width),
             ("num_cross_attention_heads", "cross_attention_v_dim", self.cross_v_dim, "model.cross_attention_qk_dim"),
             ("num_self_attention_heads", "self_attention_qk_dim", self.self_qk_dim, "model.latent_dim"),
             ("num_self_attention_heads", "self_attention_v_dim", self.self_v_dim, "model.self_attention_qk_dim"),
@@ -217,17 +207,11 @@ class PerceiverConfig:
                     f"model.{heads_name} = {heads} does not divide model.{width_name} = {width}{origin}: "
                     f"choose one of {choices}"
                 )
-        if not self.cross_attention_output_projection:
-            _require(
-                self.cross_v_dim == self.latent_dim,
-                "cross_attention_v_dim",
-                self.cross_v_dim,
-                f"without an output projection it has to be model.latent_dim = {self.latent_dim}",
+        if not self.cross_attention_output_projection and self.cross_v_dim != self.latent_dim:
+            raise ValueError(
+                f"model.cross_attention_v_dim = {self.cross_v_dim}: without an output projection it has to be "
+                f"model.latent_dim = {self.latent_dim}"
             )
-
-    @property
-    def _data_width_name(self) -> str:
-        return "the width of the data array" if self.data_dim is None or self._joins else "model.data_dim"
 
     @property
     def _joins(self) -> bool:
@@ -235,13 +219,13 @@ class PerceiverConfig:
 
     @property
     def resized_shape(self) -> tuple[int, int]:
-        """Height and width of the images that the stem sees."""
+        """Height and width of the images after resizing."""
         height, width, _ = self.image_shape
         return (height, width) if self.resize_to is None else (self.resize_to, self.resize_to)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the grid that the data array flattens."""
+        """Rows and columns of the grid of cells that the data array flattens."""
         height, width = self.resized_shape
         cell = {"pixels": 1, "patches": self.patch_size, "conv": 2**self.num_conv_layers}[self.stem]
         return height // cell, width // cell
@@ -253,7 +237,7 @@ class PerceiverConfig:
 
     @property
     def projected_dim(self) -> int:
-        """Width of the inputs before positions join them."""
+        """Width of the inputs before positions are joined."""
         if self.data_dim is not None:
             return self.data_dim
         channels = self.image_shape[2]
@@ -297,23 +281,18 @@ class PerceiverConfig:
 
     @property
     def cross_attend_order(self) -> tuple[int, ...]:
-        """For each iteration, which set of cross-attend weights it takes."""
+        """For each iteration, the index of the cross-attend weights that it uses."""
         return self._order(self.share_first_cross_attention)
 
     @property
     def latent_transformer_order(self) -> tuple[int, ...]:
-        """For each iteration, which set of latent transformer weights it takes."""
+        """For each iteration, the index of the latent transformer weights that it uses."""
         return self._order(self.share_first_latent_transformer)
 
     def _order(self, share_first: bool) -> tuple[int, ...]:
         if not self.share_weights:
             return tuple(range(self.num_iterations))
         return tuple(0 if share_first else min(i, 1) for i in range(self.num_iterations))
-
-
-def _require(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"model.{name} = {value}: {remedy}")
 
 
 def _divisors(number: int) -> list[int]:

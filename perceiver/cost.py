@@ -1,6 +1,6 @@
-"""What a config costs, in closed form: parameters, multiply-accumulates and activation bytes, nothing built.
+"""Parameters, multiply-accumulates and activation bytes of a config in closed form, without building the model.
 
-Tests hold parameters against the built model exactly, and multiply-accumulates against TensorFlow's profiler.
+Tests compare parameters with the built model and multiply-accumulates with TensorFlow's profiler; both are exact.
 """
 
 from itertools import pairwise
@@ -9,7 +9,7 @@ from perceiver.config import PerceiverConfig
 
 
 def parameter_count(config: PerceiverConfig) -> int:
-    """Weights of the model, all of them trainable."""
+    """Number of weights of the model; all are trainable."""
     c = config
     count = _stem_parameters(c) + c.num_latents * c.latent_dim
     if c.position_encoding == "learned":
@@ -37,11 +37,11 @@ def parameter_count(config: PerceiverConfig) -> int:
 
 
 def macs_per_image(config: PerceiverConfig) -> int:
-    """Multiply-accumulates of all matrix products and convolutions in one forward pass of one image.
+    """Multiply-accumulates of all matrix products and convolutions in the forward pass of one image.
 
-    Twice this is the usual count of FLOPs; a training step takes about three times as many. Keys and values of a
-    cross-attend count once, however many iterations share it; the first cross-attend's queries, which are the same for
-    all images of a batch, and the projection of Fourier features count in full.
+    FLOPs are usually counted as twice this number, and a training step takes about three times as many. Keys and values
+    of a cross-attend count once, however many iterations share it. The queries of the first cross-attend, which are the
+    same for all images of a batch, and the projection of Fourier features count in full.
     """
     c = config
     macs = _stem_macs(c)
@@ -64,10 +64,10 @@ def macs_per_image(config: PerceiverConfig) -> int:
 
 
 def activation_bytes_per_image(config: PerceiverConfig) -> int:
-    """About how many bytes a training step in float32 keeps of each image from the forward to the backward pass.
+    """Estimate of the bytes per image that a training step in float32 keeps from the forward to the backward pass.
 
-    Counts the inputs of every product, LayerNorm, softmax and GELU; with `remat` only what enters the attention and
-    the MLPs. Temporary buffers and the weights' gradients come on top.
+    Counts the inputs of every product, LayerNorm, softmax and GELU; with `remat`, only the inputs of the attention and
+    the MLPs. Temporary buffers and gradients of the weights are not included.
     """
     c = config
     n, d = c.num_latents, c.latent_dim
@@ -76,15 +76,15 @@ def activation_bytes_per_image(config: PerceiverConfig) -> int:
     if c.stem == "conv":
         for layer, channels in enumerate(_conv_widths(c)[1:]):
             cells = height * width // 4**layer
-            values += cells * channels + cells * channels // 4  # before the pooling, after it
+            values += cells * channels + cells * channels // 4  # before and after the pooling
     values += 2 * c.num_inputs * c.data_width  # data array, normalised data array
     values += len(set(c.cross_attend_order)) * c.num_inputs * (c.cross_qk_dim + c.cross_v_dim)
 
     def block(num_inputs: int, heads: int, qk_dim: int, v_dim: int, widening_factor: int, chunk: int | None) -> int:
-        kept = 4 * n * d  # the input, the sum, and both normalised
+        kept = 4 * n * d  # the inputs of attention and MLP, before and after their LayerNorms
         if c.remat:
             return kept
-        weights = n if chunk is not None else 2 * n * num_inputs  # log-sum-exp, or logits and weights
+        weights = n if chunk is not None else 2 * n * num_inputs  # the log-sum-exp, or logits and weights
         return kept + n * (qk_dim + v_dim) + heads * weights + 2 * n * widening_factor * d
 
     cross = block(

@@ -1,9 +1,9 @@
-"""softmax(Q K^T) V with a backward pass of its own, which goes over the N x M weights as seldom as it can.
+"""softmax(Q K^T) V with a backward pass of its own, which needs fewer passes over the N x M weights.
 
-Automatic differentiation passes four times over tensors of N x M to get from the gradient of the weights to that of the
-logits, dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). The sum is also the product of a row of the output and of its gradient
-(Dao et al., FlashAttention, arXiv:2205.14135, eq. 4 of appendix B), which are only as wide as a head: two passes are
-left. On a CPU, where these passes and not the matrix products take half of the time of attention, it counts.
+Automatic differentiation takes four passes over N x M tensors from the gradient of the weights to that of the logits,
+dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij). The sum equals the product of a row of the output and its gradient (Dao et al.,
+FlashAttention, arXiv:2205.14135, eq. 4 of appendix B), which are only as wide as a head, so that two passes remain. On
+a CPU, where these passes rather than the matrix products take half of the time of attention, the difference matters.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from keras import ops
 
 @ops.custom_gradient
 def dot_product_attention(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Any]:
-    """softmax(Q K^T) V; the scale is already on Q.
+    """softmax(Q K^T) V; Q is already scaled.
 
-    The softmax is computed in the dtype of the inputs: logits that a product in bfloat16 has rounded gain nothing from
-    float32, but the two casts of an N x M tensor cost as much as a product.
+    The softmax is computed in the dtype of the inputs: logits from a bfloat16 product gain nothing from float32, and
+    the two casts of an N x M tensor cost as much as a product.
 
     Args:
         queries: (B, H, N, d).
@@ -26,10 +26,10 @@ def dot_product_attention(queries: Tensor, keys: Tensor, values: Tensor) -> tupl
         values: (B, H, M, e).
 
     Returns:
-        (B, H, N, e); `ops.custom_gradient` takes the second part of the pair away.
+        (B, H, N, e); `ops.custom_gradient` removes the second element of the pair.
     """
     logits = ops.matmul(queries, _transpose(keys))
-    # Keras warns of a softmax over one entry.
+    # Keras warns about a softmax over a single entry.
     weights = ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
     outputs = ops.matmul(weights, values)
 

@@ -1,7 +1,7 @@
-"""GELU with a backward pass of its own, in float32 inside: on a CPU a third of the derived one's time in bfloat16.
+"""GELU with a backward pass of its own in float32, which takes a third of the time of automatic differentiation.
 
-Automatic differentiation passes once over the rows for each elementary operation, in the dtype of the rows, and
-TensorFlow computes erf and exp in bfloat16 slower than in float32, casts included.
+That is on a CPU in bfloat16: automatic differentiation takes one pass over the rows per elementary operation, in the
+dtype of the rows, and TensorFlow's erf and exp are slower in bfloat16 than in float32, casts included.
 """
 
 import math
@@ -14,11 +14,11 @@ from keras import ops
 
 
 def gelu(x: Tensor, approximate: bool = False) -> Tensor:
-    """x Phi(x), Phi the normal distribution (Hendrycks & Gimpel, arXiv:1606.08415), or its approximation by a tanh.
+    """x Phi(x), where Phi is the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415).
 
     Args:
-        x: of any shape and floating dtype, which is the result's too.
-        approximate: whether to take the approximation.
+        x: Any shape and floating dtype; the result has the same.
+        approximate: Whether to use the tanh approximation.
     """
     return _gelu(approximate)(x)
 

@@ -1,4 +1,4 @@
-"""The Perceiver (Jaegle et al., arXiv:2103.03206): uint8 images to logits, through latents that look repeatedly."""
+"""The Perceiver (Jaegle et al., arXiv:2103.03206): uint8 images to logits by latents that attend to them repeatedly."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ from perceiver.normalization import LayerNorm
 from perceiver.position_encoding import FourierPositionEncoding, LearnedPositionEncoding
 from perceiver.preprocessing import ConvStem, ImageNormalization, PatchStem
 
-Shape = tuple[Any, ...]  # numbers, None where one is not known
+Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class Perceiver(keras.Model):
-    """Image classifier of a `PerceiverConfig`, whose fields are its arguments.
+    """Image classifier with the shape of a `PerceiverConfig`, whose fields are its arguments.
 
     Args:
-        name, dtype, trainable: as in every Keras model; `dtype="mixed_bfloat16"` computes in bfloat16.
-        **fields: of `PerceiverConfig`.
+        name, dtype, trainable: As in every Keras model; `dtype="mixed_bfloat16"` computes in bfloat16.
+        **fields: Fields of `PerceiverConfig`.
 
     Call: uint8 images (B, H, W, channels), values 0..255 -> float32 logits (B, classes). The optional
     `attention_mask`, boolean (B, M) or (B, N, M), is true where latents may attend to the data array, whose M rows are
     the cells of `config.grid` in row-major order.
 
     Raises:
-        ValueError: if the fields do not fit each other, or the images are not of `image_shape`.
+        ValueError: if the fields contradict each other, or the images do not have `image_shape`.
 
     Example:
         >>> model = Perceiver(**asdict(PerceiverConfig(image_shape=(8, 8, 1), num_classes=10)))
@@ -42,7 +42,7 @@ class Perceiver(keras.Model):
     """
 
     def __init__(self, *, name: str | None = None, dtype: Any = None, trainable: bool = True, **fields: Any) -> None:
-        # Images stay as they are until the first layer casts them, in float32 whatever the compute dtype.
+        # No autocast: the first layer gets the uint8 images and casts them to float32 whatever the compute dtype.
         super().__init__(name=name, dtype=dtype, trainable=trainable, autocast=False)
         self.config = PerceiverConfig(**fields)
 
@@ -158,7 +158,7 @@ class Perceiver(keras.Model):
                 **self._block_arguments(),
             )
             self.decoder.build((None, 1, config.latent_dim), latents_shape)
-        # The rest is float32 under every policy: little work, and the loss wants precise logits.
+        # The rest is float32 under every policy: it is little work, and the loss needs precise logits.
         self.head_hidden = None
         if config.head_hidden_dim is not None:
             self.head_hidden = layers.Dense(config.head_hidden_dim, name="head_hidden", dtype="float32")
@@ -200,9 +200,9 @@ class Perceiver(keras.Model):
         training: bool | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Data array (B, M, C) -> latents (B, N, D), and the attention weights of each iteration if asked for."""
+        """Data array (B, M, C) -> latents (B, N, D), and with `return_weights` the weights of each cross-attend."""
         config = self.config
-        # Once an image, however many iterations share them.
+        # Computed once per image, however many iterations share them.
         keys_values = [block.keys_values(data) for block in self.cross_attends]
         # The first queries are the same for all images: a batch of one.
         latents = ops.expand_dims(ops.cast(self.latents, self.compute_dtype), 0)
@@ -242,11 +242,11 @@ class Perceiver(keras.Model):
 
 
 def attention_maps(model: Perceiver, images: Tensor) -> np.ndarray:
-    """Where the latents look: the weights of every cross-attend, as images.
+    """The attention weights of every cross-attend, arranged as maps over the image.
 
     Args:
-        model: a built Perceiver.
-        images: (B, H, W, channels), as the model takes them.
+        model: A built Perceiver.
+        images: (B, H, W, channels), as for the model.
 
     Returns:
         float32 array of shape (iterations, B, heads, latents, rows, columns); each map sums to 1.

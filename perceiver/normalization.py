@@ -1,4 +1,4 @@
-"""LayerNorm over the last axis with a backward pass of its own, which goes over the rows less often."""
+"""LayerNorm over the last axis with a backward pass of its own, which needs fewer passes over the rows."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from keras import layers, ops
 class LayerNorm(layers.LayerNormalization):
     """`keras.layers.LayerNormalization` over the last axis (Ba et al., arXiv:1607.06450).
 
-    Automatic differentiation goes over the rows once for each elementary operation of mean, variance and product. The
-    closed form needs fewer, and takes its two weighted means as products of a matrix and a vector.
+    Automatic differentiation takes one pass over the rows per elementary operation of mean, variance and product. The
+    closed form takes fewer, and computes its two weighted means as matrix-vector products.
 
-    Call: (..., D) -> (..., D). Computes in float32 under every policy.
+    Call: (..., D) -> (..., D), computed in float32 under every policy.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def _layer_norm(epsilon: float) -> Any:
                 d_outputs = args[0] if upstream is None else upstream
                 product = d_outputs * normalised
                 weights = ops.reshape(gamma, (width, 1)) / width
-                # Means over a row, weighted with gamma, of the gradient and of its product with the normalised row.
+                # Means over a row, weighted by gamma, of the gradient and of its product with the normalised row.
                 mean, mean_product = ops.matmul(d_outputs, weights), ops.matmul(product, weights)
                 d_inputs = inverse_std * (d_outputs * gamma - (mean + normalised * mean_product))
                 d_gamma = ops.sum(ops.reshape(product, (-1, width)), axis=0)

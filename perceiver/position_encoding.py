@@ -1,4 +1,4 @@
-"""Position encodings of the data array: Fourier features as DeepMind defines them, and learned vectors."""
+"""Position encodings of the data array: Fourier features as DeepMind's code defines them, and learned vectors."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import ops
 
-Shape = tuple[Any, ...]  # numbers, None where one is not known
+Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 def fourier_features(
@@ -23,10 +23,10 @@ def fourier_features(
     are, in this order: positions, sines of all bands of the first dimension, of the second, ..., then the cosines.
 
     Args:
-        grid: cells in each dimension.
-        num_bands: frequencies K in each dimension.
-        max_resolution: highest sampling rate in each dimension; None: the grid.
-        include_positions: whether the positions themselves come first.
+        grid: Number of cells in each dimension.
+        num_bands: Number of frequencies K in each dimension.
+        max_resolution: Highest sampling rate in each dimension; None: the grid.
+        include_positions: Whether the positions themselves come first.
 
     Returns:
         float32 array of shape (cells, dimensions * (2 K + include_positions)), cells in row-major order.
@@ -44,10 +44,10 @@ class FourierPositionEncoding(keras.layers.Layer):
     """Joins Fourier features to the rows of a data array.
 
     Args:
-        grid: rows and columns that the data array flattens, M cells in all.
-        num_bands: frequencies in each dimension.
-        max_resolution: highest sampling rate, the same for all dimensions; None: the grid.
-        include_positions: whether the positions themselves are features too.
+        grid: Rows and columns of the grid that the data array flattens; it has M cells.
+        num_bands: Number of frequencies in each dimension.
+        max_resolution: Highest sampling rate, the same for all dimensions; None: the grid.
+        include_positions: Whether the positions themselves are features too.
         combination: "concat", or "add" after a learned projection to the width of the inputs.
 
     Call: (B, M, C) -> (B, M, C + features) with "concat", (B, M, C) with "add".
@@ -109,10 +109,10 @@ class LearnedPositionEncoding(keras.layers.Layer):
     """Joins a learned vector to each row of a data array.
 
     Args:
-        num_inputs: rows M of the data array.
-        dim: width of the vectors that "concat" joins; None, and always with "add": the width C of the inputs.
+        num_inputs: Number of rows M of the data array.
+        dim: Width of the vectors with "concat"; None: the width C of the inputs, as always with "add".
         combination: "add" or "concat".
-        init_std: standard deviation of the truncated normal from which the vectors start.
+        init_std: Standard deviation of the truncated normal that initialises the vectors.
 
     Call: (B, M, C) -> (B, M, C + dim) with "concat", (B, M, C) with "add".
 
@@ -164,7 +164,7 @@ class LearnedPositionEncoding(keras.layers.Layer):
 
 
 def _concatenate(inputs: Tensor, positions: Tensor) -> Tensor:
-    """Joins positions (1, M, P) to each of the inputs (B, M, C)."""
+    """Concatenates positions (1, M, P) to each of the inputs (B, M, C)."""
     shape = (ops.shape(inputs)[0], *positions.shape[1:])
     return ops.concatenate([inputs, ops.broadcast_to(ops.cast(positions, inputs.dtype), shape)], axis=-1)
 

@@ -1,7 +1,7 @@
-"""From uint8 images to the rows of the data array, on the device: normalise, resize, then pixels, patches or a stem.
+"""From uint8 images to rows of the data array, on the device: normalisation, resizing, then pixels, patches or a stem.
 
-Images cross the wire as uint8; casting, normalising and resizing happen here, in the variables' precision (float32
-under mixed precision), and only what the stem gets is in the compute precision.
+Images are transferred as uint8. They are cast, normalised and resized here in the precision of the variables (float32
+under mixed precision); the result, the input of the stem, is in the compute precision.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import layers, ops
 
-Shape = tuple[Any, ...]  # numbers, None where one is not known
+Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class ImageNormalization(keras.layers.Layer):
-    """Scales images with values in 0..255 by the mean and standard deviation of each channel, and resizes them.
+    """Standardises images with values in 0..255 by the mean and standard deviation of each channel, and resizes them.
 
     Args:
-        mean: of each channel, for values in 0..1; None: 0.5.
-        std: of each channel, for values in 0..1; None: 0.5.
-        size: height and width of the result (bilinear); None keeps them.
+        mean: Mean of each channel, for values in 0..1; None: 0.5.
+        std: Standard deviation of each channel, for values in 0..1; None: 0.5.
+        size: Height and width of the result (bilinear); None keeps the size.
 
     Call: (B, H, W, channels), uint8 or floating -> (B, height, width, channels) in the compute dtype.
 
@@ -65,11 +65,11 @@ class ImageNormalization(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class PatchStem(keras.layers.Layer):
-    """Cuts images into square patches, a row of the data array each, and projects them.
+    """Cuts images into square patches, each a row of the data array, and projects them.
 
     Args:
-        patch_size: side of a patch in pixels; 1 makes every pixel a row.
-        units: width of the projection; None leaves patches as they are.
+        patch_size: Side of a patch in pixels; 1 makes every pixel a row.
+        units: Width of the projection; None: no projection.
 
     Call: (B, H, W, channels) -> (B, H W / patch_size**2, units or patch_size**2 * channels).
 
@@ -109,15 +109,15 @@ class PatchStem(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class ConvStem(keras.layers.Layer):
-    """3 x 3 convolutions, each followed by a max-pooling with stride 2 and a ReLU; a cell of the last map is a row.
+    """3 x 3 convolutions, each followed by max-pooling with stride 2 and a ReLU; a cell of the last map is a row.
 
-    ReLU comes after the pooling, with which it commutes: a quarter of the work.
+    ReLU commutes with the pooling and comes after it, where it is a quarter of the work.
 
     Args:
-        num_layers: convolutions; each halves both sides.
-        channels: of every convolution but the last.
-        units: channels of the last; None: `channels`.
-        pool_size: side of the pooling's windows; above 2 they overlap.
+        num_layers: Number of convolutions; each halves both sides.
+        channels: Channels of every convolution but the last.
+        units: Channels of the last convolution; None: `channels`.
+        pool_size: Side of the pooling windows; above 2 they overlap.
 
     Call: (B, H, W, channels) -> (B, H W / 4**num_layers, units).
 

@@ -1,4 +1,4 @@
-"""Named shapes: a function each, whose docstring says what it is and what it costs."""
+"""Named configs. Each is a function whose docstring describes the model and its cost."""
 
 from dataclasses import replace
 
@@ -8,7 +8,8 @@ from perceiver.config import PerceiverConfig
 def quickstart() -> PerceiverConfig:
     """scikit-learn's digits, 8 x 8 x 1: 16 cells of a convolutional stem, 8 latents, all weights shared.
 
-    70,026 parameters, 1.1 MMAC an image. 15 s of one core give 0.97 top-1 on the validation rows (docs/results.md).
+    70,026 parameters, 1.1 MMAC an image. It reaches 0.97 top-1 on the validation rows in 15 s on one core
+    (docs/results.md).
     """
     return PerceiverConfig(
         image_shape=(8, 8, 1),
@@ -45,7 +46,7 @@ def cifar100() -> PerceiverConfig:
 
 
 def cifar100_gpu() -> PerceiverConfig:
-    """`cifar100` scaled up for one GPU: 32 latents of 384, four self-attends after each cross-attend. Not trained yet.
+    """`cifar100` scaled up for one GPU: 32 latents of 384, four self-attends after each cross-attend; not yet trained.
 
     6,024,036 parameters, 448.2 MMAC an image.
     """
@@ -63,7 +64,7 @@ def cifar100_gpu() -> PerceiverConfig:
 
 
 def cifar100_8gpu() -> PerceiverConfig:
-    """`cifar100` scaled up for eight GPUs: 64 latents of 512, three iterations of six self-attends. Not trained yet.
+    """`cifar100` scaled up for eight GPUs: 64 latents of 512, three iterations of six self-attends; not yet trained.
 
     15,138,404 parameters, 2,971.8 MMAC an image.
     """
@@ -80,10 +81,10 @@ def cifar100_8gpu() -> PerceiverConfig:
 
 
 def keras_example() -> PerceiverConfig:
-    """The published Keras example: its sizes and its function, so that others can be compared with it.
+    """The same function and sizes as the published Keras example, as a baseline.
 
-    9,697,637 parameters, 7,217.4 MMAC an image (7,351.7 in the example, which computes keys and
-    values in each iteration).
+    9,697,637 parameters, 7,217.4 MMAC an image (7,351.7 in the example, which computes keys and values in each
+    iteration).
     """
     return PerceiverConfig(
         resize_to=64,
@@ -112,11 +113,11 @@ def keras_example() -> PerceiverConfig:
 
 
 def keras_example_fixed() -> PerceiverConfig:
-    """The size of the published Keras example with its defects mended.
+    """The published Keras example with its defects fixed, at the same size.
 
-    Pixels as they are instead of 2 x 2 patches of an upsampled image (1,024 inputs all the same), heads of 32 instead
-    of 256, two heads in the cross-attention (each more would cost another softmax over 256 x 1,024 weights), scaled
-    logits, skips that carry their input, an output projection, no dropout on the logits.
+    It has pixels instead of 2 x 2 patches of an upsampled image (1,024 inputs in both), heads of 32 instead of 256, two
+    heads in the cross-attention (each further one would cost another softmax over 256 x 1,024 weights), scaled logits,
+    skip connections that carry their input, an output projection, and no dropout on the logits.
 
     2,400,100 parameters, 1,611.5 MMAC an image.
     """
@@ -139,7 +140,7 @@ def keras_example_fixed() -> PerceiverConfig:
 
 
 def paper_imagenet() -> PerceiverConfig:
-    """The paper's best ImageNet model: 8 cross-attends, 6 self-attends after each, the first cross-attend unshared.
+    """The paper's best ImageNet model: 8 cross-attends, the first one unshared, and 6 self-attends after each.
 
     44,912,254 parameters, 312,123.1 MMAC an image.
     """

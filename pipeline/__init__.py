@@ -1,0 +1,30 @@
+"""Trains and registers a Perceiver image classifier: moves data through `perceiver` and `tune` as durable tasks on Ray.
+
+Packages:
+
+data/         sources, ingest, preprocessing, shards, and rows in memory
+settings/     the settings of all packages put together, presets, and the command line
+training/     the training of one worker: batches, optimizer, `fit`, checkpoints; without Ray
+workers/      Ray Train around `training`
+workflow/     durable tasks on Ray: keys, manifests, lease, events; knows no machine learning
+tasks/        the seven tasks of the pipeline and their order
+driver/       the process of the command: runs the tasks, shows and records their progress
+evaluation/   the metrics by which a trained model is judged
+registry/     versions of the registered model, their promotion, export and download
+tracking/     runs in MLflow, sent through an outbox that outlasts a server that is down
+report/       the HTML page of a run
+inference/    batch inference with a registered model
+
+Commands:
+
+run.py                the pipeline
+predict.py            classifies images with a registered model
+evaluate_version.py   evaluates a registered model
+clean.py              lists the storage folder and deletes what no registered model needs
+
+Modules without a package:
+
+multiworker.py   makes Keras 3 train on several workers; can be used without the rest of the project
+storage.py       a folder or an object store behind one interface, with verified reads
+fields.py        which settings are part of a task's key, and range checks
+"""

@@ -1,17 +1,17 @@
-"""Lists what a storage folder holds by task and size, and removes what no registered model needs.
+"""Lists the contents of a storage folder by task and size, and deletes what no registered model needs.
 
-    python -m pipeline.clean runs                lists, and says what would be removed
-    python -m pipeline.clean runs --remove       removes it
+    python -m pipeline.clean runs                lists, and shows what would be deleted
+    python -m pipeline.clean runs --remove       deletes it
 
-A registered version needs the tasks that it was made by, and its report; of a finished task, not the state from which
-an attempt that was cut off would go on, but the trials of a search, which later ones count. What was written within the
-last hours stays too: a run may be at it. MLflow's own files are not touched. Exit codes: 0 done, 2 something given
-cannot be used.
+A registered version needs the tasks that made it and the report on it. Of a finished task, the state that an
+interrupted attempt would resume from is not needed, except for the trials of a search, which later searches reuse.
+Files younger than `--keep-hours` stay, because a run may be using them. MLflow's own files are not touched. Exit codes:
+0 done, 2 an argument cannot be used.
 """
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,24 +21,25 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.progress import make_console
-from pipeline.registered_model import registered_uris
+from pipeline.driver.progress import make_console
+from pipeline.registry.fetch import registered_uris
 from pipeline.storage import Storage
 
 MANIFEST = "manifest.json"
 SECONDS_PER_HOUR = 3600
+Files = Mapping[str, pafs.FileInfo]
 
 
 @dataclass(frozen=True)
 class CleanOptions:
-    """What is looked at, and whether anything is removed."""
+    """The storage folder, and what to delete in it."""
 
     storage: tyro.conf.Positional[str] = "./runs"
-    """Folder, or URI that pyarrow.fs takes, in which runs keep what they make."""
+    """Folder, or URI that pyarrow.fs takes, with the outputs of runs."""
     remove: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Remove what is marked; without it nothing changes."""
+    """Delete what is not needed; without this flag nothing changes."""
     keep_hours: float = 24.0
-    """What was written within so many hours stays."""
+    """Keep what was written within this number of hours."""
     tracking_uri: str | None = None
     """MLflow tracking URI of the registry; None: the one that each run has recorded."""
 
@@ -48,143 +49,159 @@ class CleanOptions:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One thing that stays or goes as a whole.
+class Item:
+    """A file or folder that is kept or deleted as a whole.
 
     Attributes:
-        path: below the storage's root.
-        task: whose output or state it is.
-        what: `output` of a finished task, `unfinished` attempts, or `state` and `attempt` left over in a finished one.
-        size: in bytes.
-        hours: since something in it was last written.
-        needed: by a registered version.
-        manifest: whether it has one, which goes first: half of a tree is then no finished task.
+        path: Path below the root of the storage.
+        task: Name of the task.
+        kind: `output` of a finished task; `unfinished` attempts; `state` or `attempt`, left over from a finished task.
+        size: Size in bytes.
+        hours: Hours since the last write.
+        needed: Whether a registered version needs it.
+        has_manifest: Whether it holds the manifest, which is deleted first: without it the task is not finished.
     """
 
     path: str
     task: str
-    what: str
+    kind: str
     size: int
     hours: float
-    needed: bool
-    manifest: bool = False
+    needed: bool = False
+    has_manifest: bool = False
 
 
-def entries(storage: Storage, tracking_uri: str | None = None) -> list[Entry]:
-    """All that tasks have left in storage, in order of path.
+def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
+    """Everything that tasks have written to the storage, ordered by path.
 
     Raises:
-        ValueError: if a registry that a run has recorded is not there.
+        ValueError: If a registry that a run has recorded does not exist.
     """
     files = _files(storage, "tasks")
-    homes = sorted({"/".join(path.split("/")[:3]) for path in files if path.count("/") >= 3})
-    manifests = {home: storage.read_json(f"{home}/{MANIFEST}") for home in homes if f"{home}/{MANIFEST}" in files}
-    needed = _needed(manifests, tracking_uri)
-    now, found = time.time(), []
-    for home in homes:
-        own = {path: info for path, info in files.items() if path.startswith(f"{home}/")}
-        task, finished = home.split("/")[1], home in manifests
-        kept_folders = (f"{home}/{manifests[home]['attempt']}/", f"{home}/state/trials/") if finished else ()
+    folders = sorted({"/".join(path.split("/")[:3]) for path in files if path.count("/") >= 3})
+    manifests = {
+        folder: storage.read_json(f"{folder}/{MANIFEST}") for folder in folders if f"{folder}/{MANIFEST}" in files
+    }
+    needed = _needed_folders(manifests, tracking_uri)
+    items: list[Item] = []
+    for folder in folders:
+        own = _below(files, folder)
+        if folder in needed and folder in manifests:
+            items += _items_of_needed_task(folder, own, manifests[folder]["attempt"])
+        else:
+            finished = folder in manifests
+            items.append(_item(folder, "output" if finished else "unfinished", own, has_manifest=finished))
+    return items
 
-        def entry(path: str, what: str, infos: Iterable[Any], needed: bool, manifest: bool, task: str = task) -> None:
-            infos = list(infos)
-            if infos:
-                hours = (now - max(info.mtime_ns or 0 for info in infos) / 1e9) / SECONDS_PER_HOUR
-                found.append(Entry(path, task, what, sum(info.size for info in infos), hours, needed, manifest))
 
-        if not (finished and home in needed):
-            entry(home, "output" if finished else "unfinished", own.values(), False, finished)
-            continue
-        rests = {"/".join(path.split("/")[:4]) for path in own if not path.startswith(kept_folders)}
-        rests -= {f"{home}/{MANIFEST}"}
-        rest_of = {rest: [info for path, info in own.items() if path.startswith(f"{rest}/")] for rest in sorted(rests)}
-        kept = [info for path, info in own.items() if not any(path.startswith(f"{rest}/") for rest in rests)]
-        entry(home, "output", kept, True, True)
-        for rest, infos in rest_of.items():
-            entry(rest, "state" if rest.endswith("/state") else "attempt", infos, False, False)
-    return found
+def _items_of_needed_task(folder: str, files: Files, attempt: str) -> list[Item]:
+    """The output of a finished task that is needed, and what other attempts left in its folder, which is not."""
+    kept_folders = (f"{folder}/{attempt}/", f"{folder}/state/trials/")
+    leftovers = {"/".join(path.split("/")[:4]) for path in files if not path.startswith(kept_folders)}
+    leftovers -= {f"{folder}/{MANIFEST}"}
+    contents = {leftover: _below(files, leftover) for leftover in sorted(leftovers)}
+    removable = {path for inside in contents.values() for path in inside}
+    kept = {path: info for path, info in files.items() if path not in removable}
+    return [
+        _item(folder, "output", kept, needed=True, has_manifest=True),
+        *(
+            _item(leftover, "state" if leftover.endswith("/state") else "attempt", inside)
+            for leftover, inside in contents.items()
+            if inside
+        ),
+    ]
+
+
+def _item(path: str, kind: str, files: Files, *, needed: bool = False, has_manifest: bool = False) -> Item:
+    size = sum(info.size for info in files.values())
+    newest = max(info.mtime_ns or 0 for info in files.values()) / 1e9
+    return Item(path, path.split("/")[1], kind, size, (time.time() - newest) / SECONDS_PER_HOUR, needed, has_manifest)
 
 
 def clean(options: CleanOptions, console: Console | None = None) -> int:
-    """Lists what there is and, if asked to, removes what can go; returns the bytes that went or would go.
+    """Lists the contents and, with `remove`, deletes what is not needed; returns the size of the latter in bytes.
 
     Raises:
-        ValueError: as `entries`, or if there is no such storage.
+        ValueError: As `list_items`, or if the storage does not exist.
     """
     console, storage = console or make_console(), Storage(options.storage)
     if not storage.exists(""):
         raise ValueError(f"storage = {options.storage!r}: no such folder")
-    found = entries(storage, options.tracking_uri)
-    going = [entry for entry in found if not entry.needed and entry.hours >= options.keep_hours]
-    _show(found, going, options, console)
+    items = list_items(storage, options.tracking_uri)
+    deleted = [item for item in items if not item.needed and item.hours >= options.keep_hours]
+    _show(items, deleted, options, console)
     if options.remove:
-        for entry in going:
-            if entry.manifest:
-                storage.delete(f"{entry.path}/{MANIFEST}")
-            storage.delete(entry.path)
-    return sum(entry.size for entry in going)
+        for item in deleted:
+            if item.has_manifest:
+                storage.delete(f"{item.path}/{MANIFEST}")
+            storage.delete(item.path)
+    return sum(item.size for item in deleted)
 
 
-def _needed(manifests: dict[str, dict[str, Any]], tracking_uri: str | None) -> set[str]:
-    """Folders of the tasks that a registered version was made by, and of those that follow from its registration."""
-    versions: dict[str, set[str]] = {}
-    needed: set[str] = set()
+def _needed_folders(manifests: Mapping[str, dict[str, Any]], tracking_uri: str | None) -> set[str]:
+    """Folders of the tasks that made a registered version, of its registration, and of the tasks that follow it."""
+    uris: dict[str, set[str]] = {}
     registered = []
-    for home, manifest in manifests.items():
+    for folder, manifest in manifests.items():
         if manifest["task"] != "register":
             continue
         registry = tracking_uri or manifest["output"]["tracking_uri"]
-        if registry not in versions:
+        if registry not in uris:
             _check_registry(registry)
-            versions[registry] = registered_uris(registry)
-        if manifest["output"]["uri"] in versions[registry]:
-            registered.append(home)
+            uris[registry] = registered_uris(registry)
+        if manifest["output"]["uri"] in uris[registry]:
+            registered.append(folder)
     followers = [
-        home
-        for home, manifest in manifests.items()
+        folder
+        for folder, manifest in manifests.items()
         if f"tasks/register/{manifest['inputs'].get('register')}" in registered
     ]
+    needed: set[str] = set()
     waiting = [*registered, *followers]
     while waiting:
-        home = waiting.pop()
-        if home not in needed:
-            needed.add(home)
-            inputs = manifests[home]["inputs"] if home in manifests else {}
+        folder = waiting.pop()
+        if folder not in needed:
+            needed.add(folder)
+            inputs = manifests[folder]["inputs"] if folder in manifests else {}
             waiting += [f"tasks/{name}/{key}" for name, key in inputs.items()]
     return needed
 
 
 def _check_registry(uri: str) -> None:
-    """Raises a ValueError if `uri` is an SQLite file that is not there: MLflow would make an empty one."""
+    """Raises a ValueError if `uri` is an SQLite file that does not exist: MLflow would create an empty one."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ValueError(f"the registry {uri} is not there, so what it needs is not known: give --tracking-uri")
 
 
-def _files(storage: Storage, folder: str) -> dict[str, Any]:
-    """Every file below `folder`, by its path below the storage's root."""
+def _files(storage: Storage, folder: str) -> Files:
+    """All files below `folder`, by their path below the root of the storage."""
     selector = pafs.FileSelector(storage.fs_path(folder), recursive=True, allow_not_found=True)
     prefix = storage.fs_path("").rstrip("/") + "/"
     infos = storage.filesystem.get_file_info(selector)
     return {info.path.removeprefix(prefix): info for info in infos if info.type == pafs.FileType.File}
 
 
-def _show(found: list[Entry], going: list[Entry], options: CleanOptions, console: Console) -> None:
-    table = Table("task", "key", "what", "size", "written", "", title=f"{options.storage}: {_size(found)}")
-    for entry in sorted(found, key=lambda entry: (-entry.size, entry.path)):
-        fate = "needed" if entry.needed else "recent, stays" if entry not in going else "goes"
-        key = entry.path.split("/")[2][:12]
-        table.add_row(entry.task, key, entry.what, _size([entry]), _age(entry.hours), fate)
+def _below(files: Files, folder: str) -> Files:
+    return {path: info for path, info in files.items() if path.startswith(f"{folder}/")}
+
+
+def _show(items: Sequence[Item], deleted: Sequence[Item], options: CleanOptions, console: Console) -> None:
+    table = Table("task", "key", "what", "size", "written", "", title=f"{options.storage}: {_size(items)}")
+    for item in sorted(items, key=lambda item: (-item.size, item.path)):
+        fate = "needed" if item.needed else "goes" if item in deleted else "recent, stays"
+        key = item.path.split("/")[2][:12]
+        table.add_row(item.task, key, item.kind, _size([item]), _age(item.hours), fate)
     console.print(table)
-    by_task = {task: [entry for entry in found if entry.task == task] for task in sorted({e.task for e in found})}
+    by_task = {task: [item for item in items if item.task == task] for task in sorted({i.task for i in items})}
     console.print(", ".join(f"{task} {_size(part)}" for task, part in by_task.items()) or "nothing")
     if options.remove:
-        console.print(f"removed: {_size(going)}")
+        console.print(f"removed: {_size(deleted)}")
     else:
-        console.print(f"would be removed: {_size(going)}" + (" (--remove does it)" if going else ""))
+        console.print(f"would be removed: {_size(deleted)}" + (" (--remove does it)" if deleted else ""))
 
 
-def _size(found: list[Entry]) -> str:
-    size = float(sum(entry.size for entry in found))
+def _size(items: Iterable[Item]) -> str:
+    size = float(sum(item.size for item in items))
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,20 +1,22 @@
-"""What Keras 3 lacks to `fit`, `evaluate` and `predict` on several workers under MultiWorkerMirroredStrategy.
+"""Makes `fit`, `evaluate` and `predict` of Keras 3 work on several workers under MultiWorkerMirroredStrategy.
 
-Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). One call mends it:
+Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). One call fixes it:
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    keras.utils.set_random_seed(0)  # the same on every worker, for data are shuffled on each
+    keras.utils.set_random_seed(0)  # the same on every worker, because each worker shuffles the data itself
     with strategy.scope():
         model = ...
         model.compile(...)
     multiworker.enable(model)
     model.fit(x, y, batch_size=128, validation_data=(x_val, y_val), ...)
 
-Arrays and `tf.data.Dataset`s are given as to one process: all rows, in global batches, in the same order on every
-worker, each of which takes its share. A worker that holds only its own rows gives `distribute(its_batches, strategy)`.
+Arrays and `tf.data.Dataset`s are passed as in a single process: every worker is given all rows, in global batches and
+in the same order, and trains on its share of each batch. A worker that holds only its own rows passes
+`distribute(its_batches, strategy)` instead.
 
-It needs neither Ray nor the rest of this project, only TF_CONFIG. docs/multiworker.md says what works, what is refused
-and why. All private names of Keras that the project touches are in this module; `check_keras` knows them.
+The module needs only TF_CONFIG, and neither Ray nor the rest of this project. docs/multiworker.md lists what works,
+what is refused, and why. All private names of Keras that the project uses are in this module; `check_keras` compares
+them with the installed Keras.
 """
 
 import contextlib
@@ -31,47 +33,48 @@ from tensorflow.python.distribute import collective_all_reduce_strategy
 _Trainer = keras_trainer.TensorFlowTrainer
 _Optimizer = keras_optimizer.TFOptimizer
 
-# What is overridden or called: where it is, and its parameters in the Keras that this module was written for.
+# Private methods that are overridden or called: their class, and their parameters in the Keras version that this module
+# was written for.
 PRIVATE_NAMES: dict[str, tuple[type, tuple[str, ...]]] = {
-    # Reduces the inputs over the workers, which fails: https://github.com/keras-team/keras/issues/20585
+    # These reduce the inputs over the workers, which fails: https://github.com/keras-team/keras/issues/20585
     "_maybe_symbolic_build": (_Trainer, ("self", "iterator", "data_batch")),
     "_symbolic_build": (_Trainer, ("self", "iterator", "data_batch")),
-    # Their functions reduce scalar logs along an axis, which fails: the same issue.
+    # The functions that these create reduce scalar logs along an axis, which fails: the same issue.
     "make_train_function": (_Trainer, ("self", "force")),
     "make_test_function": (_Trainer, ("self", "force")),
     "_autoconvert_optionals": (_Trainer, ("self", "step_func")),
-    # Clips and accumulates what one worker has and sums it over all of them only then, within a condition if it
-    # accumulates, which fails: https://github.com/keras-team/keras/issues/20582
+    # Clips and accumulates the gradients of one worker before it sums them over all workers. With accumulation the sum
+    # is inside a condition, which fails: https://github.com/keras-team/keras/issues/20582
     "_backend_apply_gradients": (_Optimizer, ("self", "grads", "trainable_variables")),
     "_all_reduce_sum_gradients": (_Optimizer, ("self", "grads_and_vars")),
-    # Whether variables are updated by way of all replicas of a worker, which fails within a condition: the same issue.
+    # Whether variables are updated through all replicas of a worker, which fails inside a condition: the same issue.
     "_use_merge_call": (collective_all_reduce_strategy.CollectiveAllReduceExtended, ("self",)),
     "_flatten_layers": (keras.Layer, ("self", "include_self", "recursive")),
 }
-# Attributes that are read, which `check_keras` looks for on objects that it makes.
+# Attributes that are read. `check_keras` looks for them on objects that it creates.
 PRIVATE_ATTRIBUTES = {
     "Model": ("_loss_tracker", "_compile_loss", "_call_has_training_arg", "_seed_generators"),
     "TFEpochIterator": ("_distributed_dataset", "_interrupted_warning", "steps_per_epoch", "reset"),
     "ArrayDataAdapter": ("_shuffle",),
 }
 
-# The means over the rows of a batch: what the weighting of workers by their rows is right for.
+# Loss reductions that are means over the rows of a batch. Only for these is it correct to weight workers by their rows.
 MEANS = ("sum_over_batch_size", "mean")
-# Odd and large, so that layers with neighbouring seeds do not have one another's masks on other workers.
+# Odd and large, so that layers with neighbouring seeds do not get each other's dropout masks on other workers.
 SEED_STRIDE = 0x9E3779B1
-# What TensorFlow takes where `tf.random.set_seed` was not called.
+# The seed that TensorFlow uses if `tf.random.set_seed` was not called.
 UNSET_SEED = 87654321
 
 
 class StopSignal:
     """A request to stop that all workers see after the same step.
 
-    Any thread of any worker may `request`. The requests travel with the gradients of the next training step, so that
-    none goes on into a collective operation that the others never join.
+    Any thread of any worker may call `request`. The requests are summed over the workers together with the gradients of
+    the next training step, so that no worker starts a collective operation that the others never join.
     """
 
     def __init__(self) -> None:
-        # Made outside of any strategy scope: one plain variable a process.
+        # Created outside any strategy scope, so that they are plain variables of this process.
         self.requested = tf.Variable(0.0, trainable=False)
         self.sum_over_workers = tf.Variable(0.0, trainable=False)
 
@@ -80,15 +83,15 @@ class StopSignal:
 
     @property
     def agreed(self) -> bool:
-        """Whether the last step found a request at any worker: the same answer at all of them."""
+        """Whether the last step found a request on any worker; all workers get the same answer."""
         return bool(self.sum_over_workers.numpy() > 0)
 
 
 def check_keras() -> None:
-    """Compares the private names that this module relies on with the installed Keras.
+    """Compares the private names that this module relies on with those of the installed Keras.
 
     Raises:
-        RuntimeError: if one is gone or takes other parameters; names it and the Keras version.
+        RuntimeError: if a name is missing or takes other parameters; the message contains it and the Keras version.
     """
     remedy = "read the Keras source beside it and adapt pipeline/multiworker.py, or pin Keras 3.15"
     for name, (owner, expected) in PRIVATE_NAMES.items():
@@ -111,55 +114,60 @@ def check_keras() -> None:
 
 
 def enable(model: keras.Model, stop: StopSignal | None = None, note: Callable[[str, Any], Any] | None = None) -> None:
-    """Makes `fit`, `evaluate` and `predict` of a compiled model work under the strategy that it was made in.
+    """Makes `fit`, `evaluate` and `predict` of a compiled model work under the strategy that it was created in.
 
-    Whatever the number of workers and their rows in a batch, loss, metrics, gradients and thus weights are those of the
-    global batch; gradients are clipped, accumulated and looked at for infinities after they were summed. Random layers
-    draw other numbers on every worker. With `compile(jit_compile=True)` XLA compiles the forward and backward pass, and
-    the collectives, which it does not have on a CPU, stay outside.
+    The loss, the metrics, the gradients and therefore the weights are those of the global batch, whatever the number of
+    workers and however many rows of a batch each of them has. Gradients are clipped, accumulated and checked for
+    infinities after they have been summed over the workers. Random layers draw different numbers on each worker. With
+    `compile(jit_compile=True)`, XLA compiles the forward and backward pass; the collectives, which XLA does not support
+    on a CPU, stay outside.
 
-    The methods are replaced on the instance, so the class, and with it a saved `.keras` file, stays what it was. A
-    model that was made without a strategy trains as before, but for sparse gradients: they become dense everywhere.
+    The methods are replaced on the instance, so neither the class nor a saved `.keras` file changes. A model that was
+    created without a strategy trains as before, except that sparse gradients are made dense there too.
 
     Args:
-        model: compiled inside `strategy.scope()`; call again after another `compile`.
-        stop: exchanged over the workers in every training step, if given.
-        note: called in every training step, outside of what XLA compiles, with the name of a moment and tensors that
-            are there by then: "data" and the batch; with several workers also "reduce" before the gradients are summed
-            over them and "reduced" after. The step goes on with the tensors that it returns, so that operations which
-            measure can come before what follows.
+        model: Model compiled inside `strategy.scope()`. Call `enable` again after another `compile`.
+        stop: If given, its requests are exchanged between the workers in each training step.
+        note: Called in each training step, outside what XLA compiles, with the name of a moment and the tensors that
+            are computed by then: "data" with the batch; with several workers also "reduce" before the gradients are
+            summed over them and "reduced" afterwards. The step continues with the tensors that `note` returns, so that
+            operations that measure can be placed before the operations that follow.
 
     Raises:
-        RuntimeError: if the installed Keras does not have the private names that this relies on.
-        ValueError: if the model has what would be silently different on several workers; names it and the remedy.
+        RuntimeError: if the installed Keras lacks a private name that this module relies on.
+        ValueError: if the model has a part that would silently behave differently on several workers; the message
+            contains the part and the remedy.
     """
     check_keras()
     _MultiWorker(model, stop, note or (lambda moment, tensors: tensors)).take_over()
 
 
 def distribute(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
-    """A data set of this worker's batches as something that `fit` does not divide again.
+    """Wraps a dataset of this worker's batches, so that `fit` does not divide it among the workers again.
 
-    A global batch is what all workers yield in a step. Workers may yield batches of different sizes, and different
-    numbers of them: one that has run out takes part with empty batches until the last one has. Endless data sets
-    (`.repeat()`, with `steps_per_epoch`) save the question to all others, in every step, whether they have a batch.
+    A global batch consists of the batches that all workers yield in one step. Workers may yield batches of different
+    sizes and different numbers of batches: a worker that has run out takes part with empty batches until the last
+    worker has run out. In each step the workers have to ask each other whether any of them has another batch; endless
+    datasets (`.repeat()`, with `steps_per_epoch`) avoid this.
 
     Args:
-        dataset: batches (x, y) or (x, y, sample_weight) of this worker.
-        strategy: the one that the model was made in; any other than MultiWorkerMirroredStrategy takes `dataset` as is.
+        dataset: Batches (x, y) or (x, y, sample_weight) of this worker.
+        strategy: Strategy that the model was created in. Unless it is a MultiWorkerMirroredStrategy, `dataset` is
+            returned as it is.
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return dataset
     if dataset.cardinality() != tf.data.INFINITE_CARDINALITY:
-        # A filter makes it unknown: Keras would end every worker's epoch by its own number of batches.
+        # The filter makes the cardinality unknown. Otherwise Keras would end a worker's epoch after as many batches as
+        # this worker has.
         dataset = dataset.filter(lambda *_: True)
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 
 
 class _MultiWorker:
-    """What `enable` puts in the place of a model's methods.
+    """Replacements for methods of a model, which `enable` installs.
 
-    Methods whose name ends in `_step` and those they call run in replica context, once for every worker.
+    Methods whose names end in `_step`, and the methods that they call, run in replica context, once per worker.
     """
 
     def __init__(self, model: keras.Model, stop: StopSignal | None, note: Callable[[str, Any], Any]) -> None:
@@ -213,15 +221,15 @@ class _MultiWorker:
                 "told apart for XLA: override compute_loss instead, or compile with jit_compile=False"
             )
 
-    # What `fit` and `evaluate` call
+    # Methods that `fit` and `evaluate` call
 
     def _symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
         if iterator is None:
             self.keras_symbolic_build(data_batch=data_batch)
             return
-        if "reset" in vars(iterator):  # seen before, see below
+        if "reset" in vars(iterator):  # already prepared, see the end of this method
             return
-        if self.built_for is not self.model._loss_tracker:  # each `compile` makes a new one
+        if self.built_for is not self.model._loss_tracker:  # each `compile` creates a new one
             if getattr(iterator.data_adapter, "_shuffle", False):
                 self._check_seeds()
             _, _, batches = next(iter(iterator))
@@ -231,14 +239,15 @@ class _MultiWorker:
             with self.strategy.scope():
                 self.model._symbolic_build(data_batch=local)
             self.built_for = self.model._loss_tracker
-        cardinality = iterator._distributed_dataset.cardinality  # a property of a distributed one, else a method
+        cardinality = iterator._distributed_dataset.cardinality  # a property if distributed, else a method
         cardinality = cardinality() if callable(cardinality) else cardinality
         if cardinality == tf.data.UNKNOWN_CARDINALITY and not iterator.steps_per_epoch:
-            iterator._interrupted_warning = lambda: None  # it only learns how many batches there are
+            iterator._interrupted_warning = lambda: None  # the end of the data is how the number is found
         if cardinality == tf.data.INFINITE_CARDINALITY:
-            # `fit` comes back with the same iterator for every validation and then resets it. To let an old iterator of
-            # tf.data go can take a worker up to a minute, in which all others wait for it: its destructor waits for the
-            # autotuner, which sleeps the longer the longer it has run. So one over endless data just goes on.
+            # `fit` passes the same iterator for every validation and resets it each time. Releasing an old tf.data
+            # iterator can block a worker for up to a minute, while all others wait for it: the destructor waits for the
+            # autotuner thread, which sleeps longer the longer it has run. An iterator over endless data is therefore
+            # kept, and continues where it is.
             iterator.reset()
             iterator.reset = lambda: None
 
@@ -253,7 +262,7 @@ class _MultiWorker:
         return self.model.test_function
 
     def _make_function(self, step: Callable[[Any], Any]) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """A function that takes `steps_per_execution` steps with an iterator and returns logs over all workers."""
+        """Makes a function that runs `steps_per_execution` steps on an iterator and returns logs over all workers."""
         strategy, steps = self.strategy, self.model.steps_per_execution
         run = self.model._autoconvert_optionals(lambda data: strategy.run(step, args=(data,)))
 
@@ -282,15 +291,15 @@ class _MultiWorker:
         def function(iterator: Any) -> dict[str, tf.Tensor]:
             if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
                 return several_steps(iterator)
-            return one_step(next(iterator))  # of `train_on_batch`
+            return one_step(next(iterator))  # called by `train_on_batch`
 
         return function
 
     def _check_seeds(self) -> None:
-        """Raises a ValueError unless all workers have set the same global seed, and so shuffle arrays alike."""
+        """Raises a ValueError unless all workers have set the same global seed, and therefore shuffle arrays alike."""
         if self.num_replicas == 1:
             return
-        seed = tf.compat.v1.get_seed(0)[0]  # of the operation's seed 0: draws nothing
+        seed = tf.compat.v1.get_seed(0)[0]  # draws no random number, since an operation seed is given
         seeds = self.strategy.gather(tf.constant([seed], tf.int64), axis=0).numpy().tolist()
         if seed == UNSET_SEED or len(set(seeds)) > 1:
             raise ValueError(
@@ -298,7 +307,7 @@ class _MultiWorker:
                 "keras.utils.set_random_seed with the same seed on every worker, or give fit shuffle=False"
             )
 
-    # Steps
+    # Training step, test step, and the logs of both
 
     def _train_step(self, data: Any) -> dict[str, tf.Tensor]:
         data = self.note("data", data)
@@ -311,7 +320,7 @@ class _MultiWorker:
             return self.keras_test_step(data)
 
     def _xla_train_step(self) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """Keras's train_step with the forward and backward pass, and no more, compiled by XLA."""
+        """Returns the `train_step` of Keras, in which XLA compiles only the forward and backward pass."""
         model = self.model
 
         @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
@@ -325,7 +334,8 @@ class _MultiWorker:
         def train_step(data: Any) -> dict[str, tf.Tensor]:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             y_pred, loss, gradients = forward_backward(x, y, sample_weight)
-            # Keras divides the loss by the number of replicas, so that their gradients need only be summed.
+            # Keras has divided the loss by the number of replicas, so that gradients only need to be summed.
+            # The tracker gets the undivided loss.
             model._loss_tracker.update_state(loss * self.num_replicas, sample_weight=_rows(data))
             model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
             return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
@@ -334,12 +344,12 @@ class _MultiWorker:
 
     @contextlib.contextmanager
     def _gradients_of_global_batch(self, rows: int | tf.Tensor) -> Iterator[None]:
-        """Within it the optimizer gets the gradient of the mean over all workers' rows, the same on all of them."""
+        """Within this context each optimizer gets the gradient of the mean over the rows of all workers."""
         optimizer, extended = self.model.optimizer, self.strategy.extended
         weight = tf.cast(rows, tf.float32)
         scale_loss, apply, backend_apply = optimizer.scale_loss, optimizer.apply, _Optimizer._backend_apply_gradients
         if self.synchronizes_in_forward:
-            # A worker's loss then depends on the others' rows, so that it must be weighted before it is differentiated.
+            # A worker's loss then depends on the rows of the others, so it must be weighted before differentiation.
             share = self.num_replicas * weight / self._sum(weight)
             weight = tf.constant(1.0)
 
@@ -351,7 +361,7 @@ class _MultiWorker:
             apply(self._sum_gradients(gradients, variables, weight), trainable_variables)
 
         def update_here(inner: Any, gradients: Any, trainable_variables: Any) -> None:
-            # All workers have the same gradients by now, and update their variables alike without another word.
+            # All workers have the same gradients by now, so each can update its variables without communication.
             with _replaced(extended, "_use_merge_call", lambda: False):
                 backend_apply(inner, gradients, trainable_variables)
 
@@ -359,7 +369,7 @@ class _MultiWorker:
             stack.enter_context(_replaced(optimizer, "apply", apply_summed))
             if self.synchronizes_in_forward:
                 stack.enter_context(_replaced(optimizer, "scale_loss", scale_weighted_loss))
-            # On the class, for the optimizer may have others inside it.
+            # Replaced on the class, because an optimizer may contain others.
             stack.enter_context(_replaced(_Optimizer, "_backend_apply_gradients", update_here))
             stack.enter_context(_replaced(_Optimizer, "_all_reduce_sum_gradients", lambda _, pairs: list(pairs)))
             yield
@@ -367,9 +377,9 @@ class _MultiWorker:
     def _sum_gradients(
         self, gradients: Any, variables: list[keras.Variable], weight: tf.Tensor
     ) -> list[tf.Tensor | None]:
-        """Mean of the workers' gradients, dense and weighted by `weight`; the requests to stop go along."""
+        """Returns the means of the workers' gradients, dense and weighted by `weight`; also sums the stop requests."""
         gradients = list(gradients)
-        # Where the number of rows is unknown, TensorFlow loses the shapes of some gradients on the way.
+        # If the number of rows is unknown, TensorFlow loses the static shapes of some gradients.
         dense = [
             tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
             for gradient, variable in zip(gradients, variables, strict=True)
@@ -388,8 +398,8 @@ class _MultiWorker:
     def _means_over_workers(
         self, dense: list[tf.Tensor], weight: tf.Tensor, requested: tf.Tensor
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Weighted means of tensors, and the sum of `requested`: one vector is sent."""
-        # An empty batch may have NaN for a gradient.
+        """Returns the weighted means of `dense` and the sum of `requested`; reduces all of them as one vector."""
+        # The gradients of an empty batch may be NaN.
         weighted = [tf.math.multiply_no_nan(tf.cast(gradient, tf.float32), weight) for gradient in dense]
         packed = self.note("reduce", _packed([*weighted, weight, requested]))
         packed = self.note("reduced", self._sum(packed))
@@ -399,7 +409,7 @@ class _MultiWorker:
 
     @contextlib.contextmanager
     def _metrics_by_rows(self, rows: int | tf.Tensor) -> Iterator[None]:
-        """Within it every output's loss counts by its rows, and an empty batch changes no metric."""
+        """Within this context the loss of each output is weighted by rows, and an empty batch changes no metric."""
         compile_loss = self.model._compile_loss
         variables = self._metric_variables()
         before = [tf.identity(variable.value) for variable in variables]
@@ -409,10 +419,10 @@ class _MultiWorker:
             yield
         if not isinstance(rows, int):
             for variable, value in zip(variables, before, strict=True):
-                variable.assign(tf.where(rows > 0, variable.value, value))  # the mean over no rows is NaN
+                variable.assign(tf.where(rows > 0, variable.value, value))  # the mean over zero rows is NaN
 
     def _logs_step(self, logs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        """The metrics over all workers; of those that a train_step of one's own returns besides, the workers' mean."""
+        """Returns the metrics over all workers; the mean of all logs if a custom `train_step` returns others too."""
         variables = self._metric_variables()
         values = iter(_unpacked(self._sum(_packed([v.value for v in variables])), variables))
         results = _flat(
@@ -435,7 +445,8 @@ class _MultiWorker:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner).get(name)  # none if it comes from a class
+    """Sets an attribute within this context and restores it afterwards."""
+    own = vars(owner).get(name)  # None if it is inherited from a class
     setattr(owner, name, value)
     try:
         yield
@@ -447,14 +458,14 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _rows(data: Any) -> int | tf.Tensor:
-    """Number of rows in a batch; a tensor if it may be another one in every step."""
+    """Number of rows in a batch: an int if it is known statically, otherwise a tensor."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     first = next(value for value in tf.nest.flatten(x) if value is not None)
     return first.shape[0] or tf.shape(first)[0]
 
 
 def _flat(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
-    """Logs without the names of metrics that are many."""
+    """Flattens logs: a metric that is a dict of values is replaced by its entries."""
     return {
         inner: item
         for name, value in logs.items()
@@ -463,21 +474,23 @@ def _flat(logs: dict[str, Any]) -> dict[str, tf.Tensor]:
 
 
 def _weighted_by(rows: int | tf.Tensor, update_state: Callable[..., None]) -> Callable[..., None]:
+    """Wraps `update_state` of a loss tracker, so that `rows` is the weight of each value."""
     return lambda value, sample_weight=None: update_state(value, sample_weight=rows)
 
 
 def _packed(values: list[Any]) -> tf.Tensor:
-    """One float32 vector."""
+    """Concatenates tensors into one float32 vector."""
     return tf.concat([tf.reshape(tf.cast(value, tf.float32), [-1]) for value in values], axis=0)
 
 
 def _unpacked(packed: tf.Tensor, like: list[Any]) -> list[tf.Tensor]:
+    """Splits a vector made by `_packed` into tensors with the shapes and dtypes of `like`."""
     parts = tf.split(packed, [value.shape.num_elements() for value in like])
     return [tf.cast(tf.reshape(part, value.shape), value.dtype) for part, value in zip(parts, like, strict=True)]
 
 
 def _draw_by_replica(generator: keras.random.SeedGenerator) -> None:
-    """Lets a generator draw other numbers on every replica, while its state, which is saved, is the same on all."""
+    """Makes a generator draw different numbers on each replica; its state, which is saved, stays equal on all."""
     if "next" in vars(generator):
         return
     draw = generator.next

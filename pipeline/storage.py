@@ -1,17 +1,43 @@
-"""A folder or an object store as one small interface, over `pyarrow.fs`.
+"""A folder or an object store as one small interface over `pyarrow.fs`, with reads that are checked against SHA-256.
 
-Paths are relative to the storage root, with forward slashes. A store is known by its URI, so it can be pickled and
-opened again in another process.
+Paths are relative to the storage root and have forward slashes. A `Storage` pickles as its URI, so that another process
+opens it again.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
+
+
+class CorruptFileError(ValueError):
+    """The bytes of a file are not those that a manifest names.
+
+    Args:
+        path: The file, as a path or URI.
+        expected: SHA-256 in the manifest.
+        found: SHA-256 of the file; None if there is no file.
+    """
+
+    def __init__(self, path: str, expected: str, found: str | None) -> None:
+        super().__init__(path, expected, found)
+        self.path, self.expected, self.found = path, expected, found
+
+    def __str__(self) -> str:
+        state = "is missing" if self.found is None else f"has SHA-256 {self.found}"
+        return f"{self.path} {state}; expected SHA-256 {self.expected}: run the task that wrote it again with --force"
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a local file in hex, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Storage:
@@ -88,6 +114,46 @@ class Storage:
         directory = os.open(folder, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+
+    def write_verified(self, path: str, data: bytes) -> dict[str, Any]:
+        """Writes a file; returns its manifest entry `{path, sha256}`."""
+        self.write_bytes(path, data)
+        return {"path": path, "sha256": hashlib.sha256(data).hexdigest()}
+
+    def upload_verified(self, local: str | Path, path: str) -> dict[str, Any]:
+        """Copies a local file to `path`; returns its manifest entry `{path, sha256}`."""
+        entry = {"path": path, "sha256": sha256_of_file(local)}
+        self.upload(local, path)
+        return entry
+
+    def read_verified(self, entry: Mapping[str, Any]) -> bytes:
+        """The bytes of the file with this manifest entry (`path`, `sha256`).
+
+        Raises:
+            CorruptFileError: if the file is missing or has other bytes.
+        """
+        path, expected = entry["path"], entry["sha256"]
+        try:
+            data = self.read_bytes(path)
+        except FileNotFoundError as error:
+            raise CorruptFileError(self.absolute(path), expected, None) from error
+        if (found := hashlib.sha256(data).hexdigest()) != expected:
+            raise CorruptFileError(self.absolute(path), expected, found)
+        return data
+
+    def download_verified(self, entry: Mapping[str, Any], local: str | Path) -> None:
+        """Copies the file with this manifest entry (`path`, `sha256`) to `local`.
+
+        Raises:
+            CorruptFileError: if the file is missing or has other bytes.
+        """
+        path, expected = entry["path"], entry["sha256"]
+        try:
+            self.download(path, local)
+        except FileNotFoundError as error:
+            raise CorruptFileError(self.absolute(path), expected, None) from error
+        if (found := sha256_of_file(local)) != expected:
+            raise CorruptFileError(self.absolute(path), expected, found)
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read_bytes(path))

@@ -1,5 +1,6 @@
-"""What tests share: a hermetic environment, one small Ray cluster, the CIFAR-100 archive where there is one."""
+"""Fixtures of all tests: a hermetic environment, one small Ray cluster, and the CIFAR-100 archive if there is one."""
 
+import gc
 import hashlib
 import os
 import secrets
@@ -12,15 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from session_processes import processes_of_this_session
 
-# Before any test imports Keras, Ray or MLflow; processes that tests start inherit it.
-SESSION = secrets.token_hex(16)
+# Set before any test imports Keras, Ray or MLflow. Processes that tests start inherit it.
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
     DO_NOT_TRACK="true",
     KERAS_BACKEND="tensorflow",
     MLFLOW_DISABLE_TELEMETRY="true",
-    PERCEIVER_TEST_SESSION=SESSION,
+    PERCEIVER_TEST_SESSION=secrets.token_hex(16),
     RAY_AUTH_TOKEN=secrets.token_hex(16),  # otherwise ray.init() writes one to the home directory
     RAY_USAGE_STATS_ENABLED="0",
     TF_CPP_MIN_LOG_LEVEL="2",
@@ -33,19 +34,9 @@ for name in ("PERCEIVER_STORAGE", "RAY_ADDRESS"):
 CIFAR100_SHA256 = "0e3f37122b9147361d823b7b16f3a4015b4371d0fd7630f6e8019ff716bf3b1d"
 
 
-def processes_of_this_session() -> dict[int, str]:
-    """Process id and command line of all that descend from this process, even where their parents are gone."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = f"PERCEIVER_TEST_SESSION={SESSION}".encode() in (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # ended meanwhile, or another user's
-            continue
-        # A zombie has no command line; the resource tracker of multiprocessing ends with this process.
-        if ours and command and "resource_tracker" not in command and int(process.name) != os.getpid():
-            found[int(process.name)] = command
-    return found
+def pytest_collection_finish() -> None:
+    """Exempts the modules that are imported by now from garbage collection: walking all of them takes a second."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,8 +53,8 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def ray_folder() -> Iterator[Path]:
-    """For the `RAY_TMPDIR` of drivers that a test starts."""
-    # Ray's Unix sockets lie below it, and their paths must fit in 107 bytes: tmp_path is too long.
+    """Folder for the `RAY_TMPDIR` of drivers that a test starts."""
+    # Ray creates Unix sockets in it, whose paths may have 107 bytes at most. tmp_path is too long for that.
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

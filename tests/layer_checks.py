@@ -1,4 +1,4 @@
-"""What every Keras layer of the project has to stand: configs, files, precisions, execution modes, gradients."""
+"""Checks that every Keras layer of the project must pass: configs, files, precisions, execution modes, gradients."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def check_layer(
     tmp_path: Path,
     tolerance: float = 1e-5,
 ) -> None:
-    """Checks a layer without randomness on arrays, which are its positional arguments."""
+    """Checks a layer without randomness; `inputs` are its positional arguments."""
     layer = make_layer()
     expected = keras.ops.convert_to_numpy(layer(*inputs))
     config = layer.get_config()

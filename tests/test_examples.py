@@ -1,4 +1,4 @@
-"""The examples run as they are, in a folder of their own."""
+"""The examples run as they are, in a separate folder."""
 
 import os
 import re
@@ -7,27 +7,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+
+from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize(
-    ("script", "accuracy"),
-    [
-        ("keras_two_processes.py", r"200 rows predicted, (\d+)% of them right"),
-        ("ray_train_own_model.py", r"validation accuracy after epoch 5: (\d+)\.\d%"),
-    ],
-)
-def test_an_example_trains(script: str, accuracy: str, tmp_path: Path) -> None:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+def accuracy(script: str, pattern: str, cwd: Path, **variables: str) -> int:
+    """Runs an example; returns the number in its output that `pattern` captures."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
     environment.pop("TF_CONFIG", None)
-    environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, str(EXAMPLES / script)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = re.search(accuracy, done.stdout)
+    found = re.search(pattern, done.stdout)
     assert found, done.stdout
-    assert int(found[1]) >= 80
+    return int(found[1])
+
+
+def test_two_processes_train(tmp_path: Path) -> None:
+    assert accuracy("keras_two_processes.py", r"200 rows predicted, (\d+)% of them right", tmp_path) >= 80
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_ray_workers_train(tmp_path: Path) -> None:
+    """On the cluster of the tests, which is quicker than to start another one."""
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}
+    pattern = r"validation accuracy after epoch 5: (\d+)\.\d%"
+    assert accuracy("ray_train_own_model.py", pattern, tmp_path, **cluster) >= 80
 
 
 def test_of_this_project_the_examples_use_multiworker_only() -> None:

@@ -1,7 +1,7 @@
-"""`ray up`, `ray submit` and `ray down` with the repository's ray_cluster.yaml on three hosts of this machine's making.
+"""`ray up`, `ray submit` and `ray down` with the repository's ray_cluster.yaml on three hosts made on this machine.
 
-The tests are one story and run in their order, on one cluster. Where hosts cannot be made they are skipped, or fail if
-PERCEIVER_REQUIRE_HOSTS is set.
+The tests share one cluster, depend on each other and run in their order. They are skipped where hosts cannot be made,
+or fail if PERCEIVER_REQUIRE_HOSTS is set.
 """
 
 import json
@@ -9,9 +9,7 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sqlite3
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,23 +20,25 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).with_name("hosts")))
 
-from hosts import OUTSIDE, ROOT, CannotMakeHosts, Host, Hosts, install_what_is_missing, wait_until
+from cluster_state import WORKER, epochs_in, epochs_of, is_open, manifest, most_attempts, num_nodes, trains_on
+from host_commands import wait_until
+from host_packages import ROOT, CannotMakeHosts, install_what_is_missing
+from hosts import OUTSIDE, Host, Hosts
 from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
 from tracking_server import TrackingServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SHARED = "/mnt/keras-perceiver-ray"
-# The whole pipeline, but little of it.
+# All tasks of the pipeline but the search, with as little work as possible.
 SMALL = ("quickstart", "--search.num-trials", "0", "--train.warmup-epochs", "1", "--evaluation.corruption-rows", "0")
 KEYS = f"'aws_access_key_id = {ACCESS_KEY}' 'aws_secret_access_key = {SECRET_KEY}'"
-WORKER = r"^ray::.*RayTrainWorker"
 DRIVER = r"^python \S*run\.py"
 CTRL_C = b"\x03"
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    """A head and two workers with the cluster up."""
+    """A head and two workers on which the cluster is up."""
     try:
         install_what_is_missing()
     except CannotMakeHosts as error:
@@ -59,7 +59,7 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(hosts: Hosts) -> Iterator[None]:
-    """A driver that a failed test has left would take the room of the next one's; nor does a cut link stay cut."""
+    """Mends cut links, and kills drivers of a failed test, which would take the resources of the next one."""
     yield
     for host in hosts.workers:
         host.mend()
@@ -67,51 +67,12 @@ def nothing_left(hosts: Hosts) -> Iterator[None]:
         os.kill(driver, signal.SIGKILL)
 
 
-def num_nodes(hosts: Hosts) -> int:
-    """Nodes that the head believes alive."""
-    status = hosts.ssh(hosts.head, "timeout 20 ray status").text  # which may hang when a node has just been lost
-    active = re.search(r"Active:\s+(\d+) local", status)
-    return int(active[1]) if active else 0
-
-
-def is_open(port: int) -> bool:
-    """Whether something listens there on this machine."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def manifest(hosts: Hosts, task: str, runs: str = "runs") -> dict:
-    (path,) = (hosts.shared / runs / "tasks" / task).glob("*/manifest.json")
-    return json.loads(path.read_text())
-
-
-def most_attempts(hosts: Hosts, runs: str) -> int:
-    """The most attempts at one task that lie in storage."""
-    return max(len(list(task.glob("attempt-*"))) for task in (hosts.shared / runs / "tasks").glob("*/*"))
-
-
 def long(epochs: int, runs: str) -> tuple[str, ...]:
-    """Arguments of a run that trains for so many epochs, into a storage of its own."""
+    """Arguments of a run that trains for `epochs` epochs, with its own storage."""
     return (
         *SMALL, "--train.epochs", str(epochs), "--train.early-stopping-patience", str(epochs),
         "--storage", f"{SHARED}/{runs}",
     )  # fmt: skip
-
-
-def trains_on(hosts: Hosts) -> set[str]:
-    """Names of the hosts on which workers train now."""
-    return {host.name for host in (hosts.head, *hosts.workers) if host.processes(WORKER)}
-
-
-def epochs_of(text: str) -> list[int]:
-    """The epochs that are told of."""
-    return [int(epoch) for epoch in re.findall(r"train +epoch (\d+)/\d+: loss", text)]
-
-
-def epochs_in(hosts: Hosts, seconds: float) -> int:
-    """How many epochs last so long on this machine, going by the run that was trained first."""
-    history = manifest(hosts, "train")["output"]["history"]
-    return max(150, round(seconds / statistics.median(epoch["seconds"] for epoch in history)))
 
 
 def test_the_same_installation_is_on_every_host(hosts: Hosts) -> None:
@@ -132,7 +93,7 @@ def test_from_submit_to_a_registered_model(hosts: Hosts) -> None:
     hosts.seconds["the first run"] = result.seconds
     assert "models:/perceiver/1" in result.text[-3000:], "not among the last lines"
     assert len(hosts_of_workers) == 2
-    # Not in a home of the head: it may be lost.
+    # Nothing is in a home folder of the head, because the head may be lost.
     assert manifest(hosts, "register")["output"]["version"] == "1"
     with sqlite3.connect(hosts.shared / "mlflow.db") as database:
         assert database.execute("SELECT name, version FROM model_versions").fetchall() == [("perceiver", 1)]
@@ -155,7 +116,7 @@ def test_an_argument_with_spaces(hosts: Hosts) -> None:
     result = hosts.submit(*arguments, "/tmp/a summary.json", check=False)
     assert result.code != 0
     assert "Unrecognized options: summary.json" in result.text
-    hosts.submit(*arguments, "'/tmp/a summary.json'")  # quoted once more, for the shell on the head
+    hosts.submit(*arguments, "'/tmp/a summary.json'")  # quoted twice, because the shell on the head removes one level
     summary = json.loads(hosts.ssh(hosts.head, "cat '/tmp/a summary.json'").text)
     assert summary["model"]["version"] == "1"
 
@@ -179,10 +140,10 @@ def test_without_the_token_nobody_is_let_in(hosts: Hosts, token: str) -> None:
     result = hosts.ssh(hosts.workers[0], f"{ask} {hosts.head.address} 8265 {' '.join(ports)}", timeout=160)
     answers = json.loads(re.findall(r"^ANSWERS (.*)$", result.text, re.MULTILINE)[0])
     print("answers without the token:", sorted(answers))
-    # Prometheus asks without a token, and gets numbers alone.
+    # Metrics for Prometheus are served without a token; they contain numbers only.
     assert {name: text for name, text in answers.items() if not text.startswith("# HELP ")} == {}, result.text
     assert "InvalidAuthToken" in result.text
-    # On the head itself, where the dashboard listens.
+    # The dashboard listens on the head itself only, and asks for the token there.
     curl = "curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/"
     assert hosts.ssh(hosts.head, curl).text == "401"
     assert hosts.ssh(hosts.head, f'{curl} -H "Authorization: Bearer $(cat ~/.ray/auth_token)"').text == "200"
@@ -204,7 +165,7 @@ def test_ray_job_submit(hosts: Hosts) -> None:
 
 
 def test_drivers_at_once_do_the_work_once(hosts: Hosts) -> None:
-    """Two of the same run, and one of a run that has the training in common."""
+    """Two drivers of the same run, and one of another run with the same training."""
     arguments = (*SMALL, "--train.epochs", "20", "--storage", f"{SHARED}/several")
     drivers = [hosts.start_submit(*arguments, *more) for more in ((), (), ("--evaluation.seed", "1"))]
     results = [driver.wait(400) for driver in drivers]
@@ -225,14 +186,14 @@ def test_drivers_at_once_do_the_work_once(hosts: Hosts) -> None:
 def test_a_host_that_is_cut_off_and_comes_back(hosts: Hosts) -> None:
     *_, last = hosts.workers
     elastic = ("--train.num-workers", "1:3", "--train.global-batch-size", "66", "--train.cpus-per-worker", "2")
-    # To train still when the lost host is back: its loss is seen after 12 to 65 s, it takes 55 s to join and
-    # 30 s to be looked for. While workers start nothing is trained.
+    # The training must still run when the host is back: the head sees its loss after 12 to 65 s, the host takes 55 s
+    # to join, and an elastic training looks for new hosts every 30 s. Starting workers do not train meanwhile.
     submitted = hosts.start_submit(*long(epochs_in(hosts, 110), "elastic"), *elastic)
     submitted.wait_for(r"train +epoch 1/\d+: loss", 240)
     wait_until(lambda: len(trains_on(hosts)) == 3, 60, "workers on three hosts")
     told = len(epochs_of(submitted.text))
     wait_until(lambda: len(epochs_of(submitted.text)) > told + 1, 120, "they train")
-    lost = set(last.processes(WORKER))  # they stay there for a while, as nobody can tell them
+    lost = set(last.processes(WORKER))  # they stay for a while, because the head cannot reach them
     last.cut()
     hosts.seconds["loss of a host seen"] = wait_until(
         lambda: num_nodes(hosts) == 2, 90, "the head sees the loss", pause=1
@@ -268,8 +229,8 @@ def test_a_driver_outlives_its_connection_and_is_found_again(hosts: Hosts) -> No
     assert "models:/perceiver/" in result.text
     assert most_attempts(hosts, "cut") == 1
     log = hosts.ssh(hosts.head, "cat /tmp/perceiver-pipeline-*.log").text
-    # Plain lines, and none is missing.
-    assert epochs_of(log)[-30:] == list(range(11, 41)), "the driver says no more when nobody listens"
+    # The log has plain lines, and none is missing.
+    assert epochs_of(log)[-30:] == list(range(11, 41)), "the driver prints no more after its terminal is gone"
     assert "\x1b" not in log.rpartition("epoch 11/40: loss")[2]
 
 
@@ -293,7 +254,7 @@ def test_after_ctrl_c_and_after_a_killed_driver_the_same_command_goes_on(hosts: 
 
     epochs.append(epochs_of(hosts.submit(*arguments).text))
     for before, after in pairwise(epochs):
-        assert after[0] > before[-1], f"it begins again: {epochs}"
+        assert after[0] > before[-1], f"the training starts again: {epochs}"
     assert [epoch["epoch"] for epoch in manifest(hosts, "train", "killed")["output"]["history"]] == list(range(1, 31))
 
 

@@ -25,7 +25,7 @@ def test_keras_has_the_private_names_that_are_relied_on() -> None:
     multiworker.check_keras()
 
 
-# Another Keras cannot be installed beside this one, so its classes are made to look like another's.
+# Another version of Keras cannot be installed beside this one, so the test changes the classes of this one.
 @pytest.mark.parametrize("name", sorted(multiworker.PRIVATE_NAMES))
 def test_a_keras_without_a_private_method_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     owner, _ = multiworker.PRIVATE_NAMES[name]

@@ -1,6 +1,6 @@
-"""What Keras can do, under two processes compared with one: losses, metrics, weights and predictions.
+"""The features of Keras in two processes give the same as in one: losses, metrics, weights and predictions.
 
-The quick cases of tests/multiworker_cases.py run in one start of the processes. Which case has which feature:
+The quick cases of tests/multiworker_cases.py share one start of the processes. The features and their cases:
 
 | feature | case |
 |---|---|
@@ -17,14 +17,14 @@ The quick cases of tests/multiworker_cases.py run in one start of the processes.
 | BatchNormalization(synchronized=True) | batch_normalization |
 | LossScaleOptimizer, where one worker's gradient is infinite | loss_scaling |
 | XLA; with mixed precision and dropout | xla, xla_in_mixed_precision |
-| a `train_step` of one's own | train_step_of_ones_own |
+| a custom `train_step` | train_step_of_ones_own |
 | sparse gradients, several optimizers | sparse_gradients_and_several_optimizers |
 | a stop that all workers see after the same step | stop_signal |
-| what is refused | refusals |
-| dropout: other masks on every worker, equal runs | dropout_masks; of a Perceiver: perceiver_dropout |
+| settings that are refused | refusals |
+| dropout: masks differ between workers and not between runs | dropout_masks; of a Perceiver: perceiver_dropout |
 | a Perceiver with momentum, AdamW and LAMB | perceiver_sgd, perceiver_adamw, perceiver_lamb |
 
-The last but perceiver_sgd are slow, and run under four processes too.
+The cases of the last two rows are slow, except dropout_masks and perceiver_sgd. They also run in four processes.
 """
 
 import json
@@ -39,7 +39,7 @@ import numpy as np
 import pytest
 
 Results = list[dict[str, np.ndarray]]
-"""For every rank what each case returned, by `case/name`."""
+"""For each rank the results of all cases, by `case/name`."""
 
 CASES = Path(__file__).with_name("multiworker_cases.py")
 PERCEIVERS = ["perceiver_sgd", "perceiver_adamw", "perceiver_lamb"]
@@ -66,7 +66,7 @@ SLOW = ["perceiver_adamw", "perceiver_lamb", "perceiver_dropout"]
 
 
 def run_processes(out: Path, num_workers: int, cases: list[str]) -> Results:
-    """Runs the cases in as many processes."""
+    """Runs the cases in `num_workers` processes."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(num_workers)]
     addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:
@@ -110,8 +110,8 @@ def assert_equal(results: Results, reference: dict[str, np.ndarray], case: str, 
         found = of(result, case)
         assert sorted(found) == sorted(expected)
         for name, value in found.items():
-            # A key's bias shifts all logits of a query alike: its true gradient is zero, and what divides by the size
-            # of a gradient divides rounding by rounding.
+            # A key's bias shifts all logits of a query alike, so its true gradient is zero. These optimizers divide the
+            # rounding error by its own size.
             if case in ("perceiver_adamw", "perceiver_lamb") and name.endswith("key/bias"):
                 continue
             np.testing.assert_allclose(value, expected[name], atol=tolerance, rtol=0, err_msg=f"{case}: {name}")
@@ -132,7 +132,8 @@ def test_the_perceiver_learns_in_these_cases(one: Results) -> None:
 
 
 def test_every_case_runs() -> None:
-    assert sorted(re.findall(r"^@case\ndef (\w+)", CASES.read_text(), re.MULTILINE)) == sorted([*QUICK, *SLOW])
+    sources = "".join(file.read_text() for file in CASES.parent.glob("multiworker_*_cases.py"))
+    assert sorted(re.findall(r"^@case\ndef (\w+)", sources, re.MULTILINE)) == sorted([*QUICK, *SLOW])
 
 
 def test_callbacks_have_acted_in_the_cases_that_are_to_show_it(one: Results) -> None:
@@ -177,7 +178,7 @@ def test_dropout_differs_between_workers_and_not_between_runs(two: Results) -> N
 
 
 def assert_repeated(results: Results, case: str) -> None:
-    """The same bits in both runs."""
+    """Asserts that both runs gave the same bits."""
     for result in results:
         found = of(result, case)
         runs = [{n.removeprefix(run): v for n, v in found.items() if n.startswith(run)} for run in ("first", "second")]

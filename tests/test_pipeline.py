@@ -1,7 +1,8 @@
-"""The whole pipeline in real processes on the embedded digits: to the registry, cached, changed, killed, stopped."""
+"""The whole pipeline in real processes on the embedded digits: complete, cached, changed, stopped and killed runs."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,19 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.metrics import softmax
-from pipeline.predictions import read_predictions
+from pipeline.evaluation.metrics import softmax
+from pipeline.evaluation.predictions import read_predictions
 from pipeline.storage import Storage
+from pipeline.tasks import graph
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--train.epochs", "4", "--search.num-trials", "2", "--search.epochs", "1"]
-NO_SEARCH = ["--search.num-trials", "0"]
-TASKS = ["ingest", "preprocess", "search", "train", "evaluate", "register", "report"]
+SHALLOW = ["--model.num-iterations", "1", "--model.num-self-attention-blocks", "1"]  # traced in half the time
+SMALL = [*SHALLOW, "--train.epochs", "4", "--train.learning-rate", "0.004", "--search.num-trials", "2"]
+SMALL += ["--search.epochs", "1"]
+NO_SEARCH = [*SHALLOW, "--search.num-trials", "0"]
+TASKS = [task.name for task in graph.TASKS]
+DATA_TASKS = ("ingest", "preprocess")
 
 
 @dataclass
 class Driver:
-    """A running `python pipeline/run.py quickstart`, and what it has printed."""
+    """A process of `python pipeline/run.py quickstart`, and its output."""
 
     process: subprocess.Popen[str]
     log: Path
@@ -88,7 +93,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Iterator[Runs]:
-    """A storage folder in which one run is done."""
+    """A storage folder in which one run is done. Tests must not add anything to it."""
     made = Runs(tmp_path_factory.mktemp("pipeline"), ray_folder)
     made.run(*SMALL)
     yield made
@@ -96,8 +101,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Iterator
 
 
 @pytest.fixture
-def new_runs(tmp_path: Path, ray_folder: Path) -> Iterator[Runs]:
+def new_runs(runs: Runs, tmp_path: Path, ray_folder: Path) -> Iterator[Runs]:
+    """A storage folder in which the data are preprocessed, and nothing else is done."""
     made = Runs(tmp_path, ray_folder)
+    for task in DATA_TASKS:
+        shutil.copytree(runs.storage / "tasks" / task, made.storage / "tasks" / task)
     yield made
     made.end()
 
@@ -128,6 +136,7 @@ def test_the_same_command_again_does_nothing_and_is_quick(runs: Runs) -> None:
     assert summary["test"]["num_examples"] == 360
     assert summary["test"]["top1"] > 0.5
     assert summary["search"]["num_trials"] == 2
+    assert summary["search"]["best"]["learning_rate"] == 0.004
     assert summary["train"]["num_workers"] == 2
     assert summary["model"] == {"name": "perceiver", "version": "1", "alias": "champion", "uri": "models:/perceiver/1"}
 
@@ -137,7 +146,7 @@ def test_runs_are_recorded_as_parent_children_and_grandchildren(runs: Runs) -> N
     summary = runs.run(*SMALL)
     parent = summary["mlflow"]["run_id"]
     assert found[parent].data.tags["dataset.sha256"] == summary["dataset"]["digest"]
-    assert found[parent].data.params["train.learning_rate"] == "0.003"
+    assert found[parent].data.params["train.learning_rate"] == "0.004"
     children = {run.info.run_name: run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == parent}
     assert sorted(children) == sorted(TASKS)
     trials = [
@@ -197,20 +206,7 @@ def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Run
     assert version.tags["promotion.state"] == "champion"
 
 
-def test_another_learning_rate_leaves_the_data_as_they_are(runs: Runs) -> None:
-    options = ["--train.learning-rate", "0.002", "--train.epochs", "1", "--train.num-workers", "1"]
-    summary = runs.run(*SMALL, *options)
-    assert summary["train"]["num_workers"] == 1
-    assert states(summary) == dict.fromkeys(TASKS[:2], "cached") | dict.fromkeys(TASKS[2:], "done")
-    assert summary["search"]["best"]["learning_rate"] == 0.002
-    assert summary["model"]["version"] == "2"
-    (parent,) = [run for run in runs_in_mlflow(runs) if run.info.run_id == summary["mlflow"]["run_id"]]
-    assert parent.data.tags["done_before.preprocess"] == summary["tasks"]["preprocess"]["key"]
-    assert parent.data.tags["dataset.sha256"] == summary["dataset"]["digest"]
-
-
 def test_a_changed_shard_is_named_before_training(new_runs: Runs) -> None:
-    new_runs.run(*NO_SEARCH, "--until", "preprocess")
     shard = manifest(new_runs, "preprocess")["output"]["splits"]["train"]["shards"][3]["path"]
     path = new_runs.storage / shard
     data = bytearray(path.read_bytes())
@@ -223,31 +219,64 @@ def test_a_changed_shard_is_named_before_training(new_runs: Runs) -> None:
     assert "epoch 1" not in driver.output
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_driver_that_was_ended_goes_on_from_the_checkpoint(new_runs: Runs, number: signal.Signals) -> None:
-    options = [*NO_SEARCH, "--train.epochs", "12", "--train.checkpoint-every-steps", "7"]
-    driver = new_runs.start(*options)
-    driver.wait_for("epoch 5/12:")
-    driver.process.send_signal(number)
-    code = driver.wait(60)
-    if number == signal.SIGKILL:
-        assert code == -number
-    else:
-        assert code == 128 + number, driver.output
-        assert "goes on from here" in driver.output
-    again = new_runs.start(*options)
-    summary = again.summary
-    assert states(summary) == dict.fromkeys(TASKS[:3], "cached") | dict.fromkeys(TASKS[3:], "done")
-    assert "epoch 1/12" not in again.output
-    assert "epoch 5/12:" not in again.output, "an epoch that was reported was trained again"
-    assert summary["train"]["epochs"] == 12
-    assert summary["model"]["version"] == "1"
-    parents = [run for run in runs_in_mlflow(new_runs) if "mlflow.parentRunId" not in run.data.tags]
+def assert_trained_once(runs: Runs, epochs: int) -> None:
+    """Asserts that there is one run, one training, and one record of each epoch in MLflow."""
+    parents = [run for run in runs_in_mlflow(runs) if "mlflow.parentRunId" not in run.data.tags]
     assert len(parents) == 1
-    (train,) = [run for run in runs_in_mlflow(new_runs) if run.info.run_name == "train"]
+    (train,) = [run for run in runs_in_mlflow(runs) if run.info.run_name == "train"]
     from mlflow import MlflowClient
 
-    history = MlflowClient(f"sqlite:///{new_runs.storage}/mlflow.db").get_metric_history(train.info.run_id, "val_loss")
-    assert sorted(metric.step for metric in history) == list(range(1, 13))
+    history = MlflowClient(f"sqlite:///{runs.storage}/mlflow.db").get_metric_history(train.info.run_id, "val_loss")
+    assert sorted(metric.step for metric in history) == list(range(1, epochs + 1))
+
+
+def test_a_run_with_another_learning_rate_that_is_stopped_and_killed_goes_on_from_its_checkpoints(
+    new_runs: Runs,
+) -> None:
+    """It is stopped by SIGTERM, continues, is killed, and continues on another number of workers."""
+    options = [*NO_SEARCH, "--train.learning-rate", "0.002", "--train.epochs", "9"]
+    options += ["--train.checkpoint-every-steps", "7"]
+    stopped = new_runs.start(*options)
+    stopped.wait_for("epoch 3/9:")
+    stopped.process.terminate()
+    assert stopped.wait(60) == 128 + signal.SIGTERM, stopped.output
+    assert "goes on from here" in stopped.output
+    killed = new_runs.start(*options)
+    killed.wait_for("epoch 6/9:")
+    killed.process.kill()
+    assert killed.wait(60) == -signal.SIGKILL
+    last = new_runs.start(*options, "--train.num-workers", "1")
+    summary = last.summary
+
+    assert "epoch 1/9" not in killed.output
+    assert "epoch 3/9:" not in killed.output, "an epoch that was reported was trained again"
+    assert "epoch 6/9:" not in last.output, "an epoch that was reported was trained again"
+    before_train = TASKS[: TASKS.index("train")]
+    assert states(summary) == dict.fromkeys(TASKS, "done") | dict.fromkeys(before_train, "cached")
+    assert (summary["train"]["epochs"], summary["train"]["num_workers"]) == (9, 1)
+    assert_trained_once(new_runs, 9)
+    # The learning rate is another one, but the data are the same.
+    assert summary["model"]["version"] == "1"
+    (parent,) = [run for run in runs_in_mlflow(new_runs) if run.info.run_id == summary["mlflow"]["run_id"]]
+    assert parent.data.tags["done_before.preprocess"] == summary["tasks"]["preprocess"]["key"]
+    assert parent.data.tags["dataset.sha256"] == summary["dataset"]["digest"]
+
+
+@pytest.mark.slow  # two more runs; the test above and test_stopping.py cover the same code with SIGTERM
+@pytest.mark.timeout(600)
+def test_a_run_that_is_interrupted_goes_on_and_a_second_run_registers_a_second_version(new_runs: Runs) -> None:
+    options = [*NO_SEARCH, "--train.epochs", "6"]
+    interrupted = new_runs.start(*options)
+    interrupted.wait_for("epoch 3/6:")
+    interrupted.process.send_signal(signal.SIGINT)
+    assert interrupted.wait(60) == 128 + signal.SIGINT, interrupted.output
+    again = new_runs.start(*options)
+    assert again.summary["train"]["epochs"] == 6
+    assert again.summary["model"]["version"] == "1"
+    assert "epoch 3/6:" not in again.output
+    assert_trained_once(new_runs, 6)
+    second = new_runs.run(*options, "--train.learning-rate", "0.002", "--train.epochs", "1")
+    # Without trials, the search does not depend on the learning rate.
+    before_train = TASKS[: TASKS.index("train")]
+    assert states(second) == dict.fromkeys(TASKS, "done") | dict.fromkeys(before_train, "cached")
+    assert second["model"]["version"] == "2"

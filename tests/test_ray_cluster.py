@@ -1,4 +1,4 @@
-"""The cluster files are what Ray and KubeRay take: their schemas, Ray's fill-in, and what neither of them checks."""
+"""The cluster files are valid for Ray and KubeRay: by their schemas, and in what neither of them checks."""
 
 import copy
 import json
@@ -79,7 +79,8 @@ def test_file_mounts_are_what_an_installation_needs(cluster: dict[str, Any]) -> 
         assert (ROOT / local).exists(), f"{local} is not in the repository"
         assert remote == f"~/keras-perceiver-ray/{local}"
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project, packages = settings["project"], settings["tool"]["setuptools"]["packages"]
+    project = settings["project"]
+    packages = [name.removesuffix("*") for name in settings["tool"]["setuptools"]["packages"]["find"]["include"]]
     needed = {"pyproject.toml", "requirements.txt", project["readme"], *project["license-files"], *packages}
     assert set(mounts.values()) == needed
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from s3_server import S3Server
 
-from pipeline.lease import Lease
 from pipeline.storage import Storage
+from pipeline.workflow.lease import Lease
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def storage(server: S3Server, request: pytest.FixtureRequest) -> Storage:
-    """Below a prefix of its own."""
+    """A storage with its own prefix in the bucket."""
     return Storage(server.uri.replace("?", f"/{request.node.name}?"))
 
 

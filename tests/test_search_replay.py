@@ -1,4 +1,4 @@
-"""The benchmarks that replay searches: on curves made up here, whose outcome is known."""
+"""The benchmarks that replay searches, on synthetic learning curves with a known outcome."""
 
 import gzip
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import search_record
 import search_replay
+import search_surrogate
 from search_record import SEARCH, Settings, recipe
 
 from tune.config import SearchConfig
@@ -30,16 +31,16 @@ def record(tmp_path: Path) -> Path:
     settings = Settings(train_rows=500, validation_rows=500, epochs=EPOCHS, global_batch_size=128, seed=0)
     space = Space.of(SEARCH, recipe(settings)[0])
     lines = tmp_path / "curves.jsonl"
-    assert search_record.begin(lines, settings) == set()
+    assert search_record.finished_curves(lines, settings) == set()
     with lines.open("a") as file:
         for number in range(60):
             sample = space.draw(random.Random(number))
             epochs = [{"val_accuracy": made_up(sample, e), "seconds": 1.0 + number % 3} for e in range(1, EPOCHS + 1)]
             file.write(json.dumps({"number": number, "sample": sample, "epochs": epochs}) + "\n")
         file.write('{"number": 60, "sam')  # killed
-    assert search_record.begin(lines, settings) == set(range(60))
+    assert search_record.finished_curves(lines, settings) == set(range(60))
     with pytest.raises(SystemExit, match="give another --lines"):
-        search_record.begin(lines, replace(settings, seed=1))
+        search_record.finished_curves(lines, replace(settings, seed=1))
     target = tmp_path / "curves.json.gz"
     search_record.pack(lines, target)
     first = target.read_bytes()
@@ -67,15 +68,15 @@ def test_a_replay_loses_little_and_saves_much(record: Path) -> None:
 
 
 def test_the_surrogate_knows_the_curves_and_tpe_finds_their_best(record: Path) -> None:
-    assert search_replay.cross_validate(record, folds=3)["r2"] > 0.9
-    model = search_replay.surrogate(record)
+    assert search_surrogate.cross_validate(record, folds=3)["r2"] > 0.9
+    model = search_surrogate.surrogate(record)
     sample = model.space.draw(random.Random(1000))
     assert model.curve(sample)[-1] == pytest.approx(made_up(sample, EPOCHS), abs=0.02)
     settings = replace(SEARCH, num_trials=40, epochs=EPOCHS, num_startup_trials=8)
-    best, share = search_replay.searched(record, 0, settings, None)
+    best, share = search_replay.search(record, 0, settings, None)
     assert share == 1
     assert best == sorted(best)
     assert best[-1] == pytest.approx(0.116, abs=0.01)
-    stopped, share = search_replay.searched(record, 0, settings, "stopped early")
+    stopped, share = search_replay.search(record, 0, settings, "stopped early")
     assert share < 0.7
     assert stopped[-1] == pytest.approx(0.116, abs=0.01)

@@ -1,4 +1,4 @@
-"""A folder, and a store that is none, as one interface; what a process that is killed while it writes leaves."""
+"""Storage in a folder and in an object store behaves the same, also when a writing process is killed."""
 
 import os
 import pickle
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """A new storage.
 
-    `mock` is Arrow's own file system in memory: the same C++ interface as S3's, opened by its URI, and not local, so it
-    takes the ways that an object store takes. It has folders, unlike S3, and ends with its object.
+    `mock` is Arrow's file system in memory. It has the C++ interface of that of S3 and is not local, so it uses the
+    code paths of an object store. Unlike S3 it has folders, and its content is lost with the object.
     """
     uris = {"folder": str(tmp_path / "runs"), "file": f"file://{tmp_path}/runs", "mock": "mock:///bucket/runs"}
     return Storage(uris[request.param])

@@ -15,7 +15,7 @@ class TrackingServer:
 
     Args:
         store: URI of the backend store; an SQLite file below `folder` if not given.
-        address: to listen at.
+        address: Address at which the server listens.
     """
 
     def __init__(self, folder: Path, store: str | None = None, address: str = "127.0.0.1") -> None:
@@ -25,7 +25,7 @@ class TrackingServer:
         self.start()
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Starts the server and returns when it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--host", self.address, "--port", str(self.port)]
         command += ["--allowed-hosts", f"{self.address}:{self.port}"]
         command += ["--workers", "1", "--backend-store-uri", self.store]
@@ -33,7 +33,7 @@ class TrackingServer:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
         log = self.folder / "server.log"
         with log.open("a") as stream:
-            # A session of its own: the server starts workers, which end with their process group.
+            # In a new session, so that the workers of the server can be killed with their process group.
             self.process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=stream, stderr=stream, start_new_session=True
             )
@@ -56,14 +56,14 @@ def free_port() -> int:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process that was started in a session of its own, and what it has started."""
+    """Kills a process that was started in a new session, and its child processes."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen, log: Path, timeout: float = 120) -> None:
-    """Waits until `url` answers; imports of a busy machine take that long, those of an idle one 5 s."""
+    """Waits until `url` answers. The imports of the server take 5 s, and much longer on a busy machine."""
     deadline = time.monotonic() + timeout
     while True:
         try:

@@ -1,0 +1,11 @@
+"""Searches the model's shape and two training hyperparameters, with a training that the caller supplies.
+
+config.py          settings of the search
+space.py           dimensions of the search space and the models that it allows
+proposals.py       the next point to try: Optuna's TPE, random or grid
+search.py          the search with Ray Tune, ASHA and the trials that are left to run
+trial_process.py   the Ray Tune actor that runs trials one after another
+journal.py         the stored record of the trials, from which a search continues
+resources.py       how many trials fit on a cluster at the same time
+figures.py         the figures of a search as one HTML page
+"""

@@ -1,10 +1,10 @@
-"""Settings of the hyperparameter search; imports no Ray."""
+"""Settings of the hyperparameter search. Imports no Ray, so that the command line starts fast."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# How a search is carried out, not what comes out of it: such fields are no part of a task's key.
+# Metadata of fields that change how a search is executed but not its result; they are not part of a task's key.
 EXECUTION: dict[str, Any] = {"keyed": False}
 CHOICES = (
     "num_latents",
@@ -18,69 +18,69 @@ RANGES = ("learning_rate", "weight_decay")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What the search tries, and how much of it.
+    """What the search tries, and how many trials it runs.
 
-    Of a dimension, several values leave a choice, one value fixes it, and none leaves it as the model or the training
-    has it.
+    A dimension with several values is searched, one with a single value is fixed to it, and one without values keeps
+    the value of the model's or the training's settings.
 
     Raises:
-        ValueError: if a value is out of range; the message names it and the remedy.
+        ValueError: if a value is out of range; the message names the value and the remedy.
     """
 
     num_trials: int = 8
-    """Number of trials; 0 trains the settings as they are."""
+    """Number of trials; 0 skips the search and trains with the settings as they are."""
     epochs: int = 4
     """Epochs of a trial that is not stopped early."""
     train_rows: int = 0
-    """Training rows that a trial sees, as many of each class as another; 0: all of them."""
+    """Number of training rows of a trial, a sample stratified by class; 0: all rows."""
     validation_rows: int = 0
-    """Validation rows on which a trial is judged, likewise; 0: all of them."""
+    """Number of validation rows of a trial, a sample stratified by class; 0: all rows."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
-    """How points are chosen: Optuna's TPE, at random, or all points of a grid in an order drawn at random."""
+    """How points are chosen: Optuna's TPE, random sampling, or all points of a grid in random order."""
     num_startup_trials: int = 8
-    """Trials at random before TPE has something to go by; 4 and 8 did best in benchmarks/search_replay.py."""
+    """Number of random trials before TPE takes over; 4 and 8 did best in benchmarks/search_replay.py."""
     grid_points: int = 3
-    """Values of learning rate and weight decay on a grid."""
+    """Number of values each of learning rate and weight decay on a grid."""
     objective: Literal["accuracy", "accuracy_at_cost"] = "accuracy"
-    """What the best trial has most of: validation accuracy, or that among models of at most `cost_limit_gflops`."""
+    """What is maximized: validation accuracy, over all models or only over those of at most `cost_limit_gflops`."""
     cost_limit_gflops: float | None = None
-    """GFLOPs an image up to which `accuracy_at_cost` counts; models beyond may be tried, but are never the best."""
+    """Limit of `accuracy_at_cost` in GFLOPs per image; more expensive models may be tried but are never the best."""
     max_gflops: float | None = None
-    """Budget in GFLOPs an image (forward); no model beyond is tried."""
+    """Budget in GFLOPs per image (forward pass); more expensive models are not tried."""
     max_parameters: int | None = None
-    """Budget in parameters; no model beyond is tried."""
+    """Budget in parameters; larger models are not tried."""
     early_stopping: bool = True
-    """Whether ASHA stops trials that fall behind."""
+    """Whether ASHA stops trials that fall behind the others."""
     grace_epochs: int = 1
     """Epochs before ASHA may stop a trial."""
     reduction_factor: int = 3
-    """ASHA keeps about one in this many trials at each rung."""
+    """ASHA continues about one in this many trials at each rung."""
     num_latents: tuple[int, ...] = (16, 32, 64)
     """Numbers of latents to choose from."""
     latent_dim: tuple[int, ...] = (64, 128, 192)
-    """Widths of a latent to choose from; heads that do not divide a width are not tried with it."""
+    """Widths of a latent to choose from; a width is tried only with numbers of heads that divide it."""
     num_self_attention_heads: tuple[int, ...] = (2, 4, 8)
     """Numbers of self-attention heads to choose from."""
     num_iterations: tuple[int, ...] = (1, 2, 3)
     """Numbers of iterations (cross-attends) to choose from."""
     num_self_attention_blocks: tuple[int, ...] = (1, 2, 3)
-    """Numbers of self-attention blocks after a cross-attend to choose from."""
+    """Numbers of self-attention blocks per cross-attend to choose from."""
     learning_rate: tuple[float, ...] = (5e-4, 5e-3)
     """Lowest and highest learning rate, sampled on a log scale."""
     weight_decay: tuple[float, ...] = (0.01, 0.2)
     """Lowest and highest weight decay, sampled on a log scale."""
     use_earlier_trials: bool = True
-    """Whether trials of earlier searches with the same data, recipe and epochs count too."""
+    """Whether to use trials of earlier searches with the same data, recipe and number of epochs."""
     seed: int = 0
     """Seed of the sampler."""
     workers_per_trial: int = field(default=1, metadata=EXECUTION)
-    """Data-parallel workers of a trial; one trains in a process that is kept for the next trial."""
+    """Number of data-parallel workers of a trial. A single worker keeps its process for the next trial."""
     cpus_per_trial: float = field(default=1.0, metadata=EXECUTION)
-    """CPUs of each worker of a trial; as many trials run at once as the cluster has room for."""
+    """CPUs of each worker of a trial; as many trials run at once as the cluster has CPUs for."""
     max_concurrent_trials: int = field(default=0, metadata=EXECUTION)
-    """Most trials at the same time; 0: as many as there is room for."""
+    """Most trials that run at the same time; 0: as many as the cluster has resources for."""
     memory_limit_gib: float | None = field(default=None, metadata=EXECUTION)
-    """Memory of a trial's process in GiB, beyond which the trial is ended as failed; None: no limit."""
+    """Memory limit of a trial's process in GiB; a trial that exceeds it fails. None: no limit."""
 
     def __post_init__(self) -> None:
         least = {"num_trials": 0, "epochs": 1, "num_startup_trials": 1, "grid_points": 1, "grace_epochs": 1}

@@ -1,4 +1,4 @@
-"""How many trials a cluster has room for at once."""
+"""How many trials fit on a cluster at the same time."""
 
 import math
 
@@ -13,33 +13,35 @@ def concurrent_trials(
     limit: int = 0,
     where: str = "the cluster",
 ) -> int:
-    """Trials that run at the same time on a cluster with `cpus` and `gpus` in all.
+    """Number of trials that run at the same time on a cluster.
 
     Args:
-        workers: of a trial.
-        cpus_per_worker: CPUs of each, may be a fraction.
-        gpus_per_worker: GPUs of each.
-        limit: most trials at once; 0 for no limit.
-        where: what has the CPUs and GPUs, for the message.
+        cpus: CPUs of the whole cluster.
+        gpus: GPUs of the whole cluster.
+        workers: number of workers of a trial.
+        cpus_per_worker: CPUs of each worker, may be a fraction.
+        gpus_per_worker: GPUs of each worker.
+        limit: most trials at the same time; 0 for no limit.
+        where: name of the cluster in the error message.
 
     Returns:
         At least 1.
 
     Raises:
-        ValueError: if there is not room for a single trial, which would wait for ever.
+        ValueError: if not even one trial fits; Ray would wait forever for its resources.
     """
     fit: list[float] = []
-    for name, there, each in (("CPU", cpus, cpus_per_worker), ("GPU", gpus, gpus_per_worker)):
+    for name, available, each in (("CPU", cpus, cpus_per_worker), ("GPU", gpus, gpus_per_worker)):
         if each <= 0:
             continue
-        # Sums of tenths are not exact: room for 2.9999999999 trials is room for 3.
-        fit.append(there / (workers * each) + 1e-6)
+        # Sums of tenths are inexact in floating point: 2.9999999999 trials are 3.
+        fit.append(available / (workers * each) + 1e-6)
         if fit[-1] < 1:
-            per_worker = math.floor(1000 * there / workers) / 1000
+            per_worker = math.floor(1000 * available / workers) / 1000
             setting = "search.cpus_per_trial" if name == "CPU" else "train.use_gpu"
             remedy = f"--search.cpus-per-trial {per_worker:g}" if name == "CPU" else "--train.no-use-gpu"
             raise ValueError(
                 f"search.workers_per_trial = {workers} with {setting} = {each:g} take {workers * each:g} {name}s, but "
-                f"{where} has {there:g} {name}s: take fewer workers, or {remedy}"
+                f"{where} has {available:g} {name}s: take fewer workers, or {remedy}"
             )
     return math.floor(min([*fit, limit or math.inf]))

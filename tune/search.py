@@ -1,7 +1,7 @@
-"""Hyperparameter search with Ray Tune: Optuna's TPE proposes, ASHA stops what falls behind.
+"""Hyperparameter search with Ray Tune: Optuna's TPE proposes trials, ASHA stops those that fall behind.
 
-The training itself is handed in, so that a trial is trained by the same code as the final model. What is known of the
-trials is in a journal (`tune.trials`), which a search that was cut off begins from: Tune's own snapshots are not used.
+The caller supplies the training, so that a trial is trained by the same code as the final model. A search that was cut
+off continues from the trials in its journal (`tune.journal`); Tune's own snapshots are not used.
 """
 
 import os
@@ -19,20 +19,20 @@ from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
 from tune.config import SearchConfig
+from tune.journal import OBJECTIVE, SCORE, Journal, Trial, best_of, score, seconds_left
 from tune.proposals import propose
 from tune.resources import concurrent_trials
-from tune.slot import Slot, TrialDriver
 from tune.space import Space
-from tune.trials import OBJECTIVE, SCORE, Journal, Trial, best_of, score, seconds_left
+from tune.trial_process import TrainTrial, TrialProcess
 
-# A process may die for reasons that are not the trial's: a host that goes away.
-MOST_DEATHS = 2
-# The trial, the seconds that the search will still take if that is known, and whether an epoch is new.
+# A process may die for reasons other than its trial, e.g. because its host goes away. So a trial gets a second process.
+MAX_DEATHS = 2
+# Arguments: the trial, the estimated seconds until the search ends (None if unknown), whether a new epoch is complete.
 Watch = Callable[[Trial, float | None, bool], None]
 
 
 def search(
-    driver: TrialDriver,
+    train_trial: TrainTrial,
     space: Space,
     settings: SearchConfig,
     *,
@@ -40,29 +40,29 @@ def search(
     storage_path: str,
     use_gpu: bool = False,
     preset: Mapping[str, Any] | None = None,
-    watch: Watch = lambda trial, seconds_left, told: None,
+    watch: Watch = lambda trial, seconds_left, new_epoch: None,
 ) -> dict[str, Any]:
-    """Runs `settings.num_trials` trials; one that was cut off goes on when called again with the same place.
+    """Runs `settings.num_trials` trials. Called again with the same journal, a search that was cut off continues.
 
     Args:
-        driver: trains a trial.
-        journal: keeps what is known of the trials.
-        storage_path: folder or URI that all nodes see, for what Ray Tune itself writes; it is not needed again.
+        train_trial: trains a trial.
+        journal: stores the trials.
+        storage_path: folder or URI, visible to all nodes, for the files of Ray Tune; they are not needed afterwards.
         use_gpu: whether each worker of a trial has a GPU.
         preset: known good values of the dimensions, which are tried first.
-        watch: is told of every trial when it begins, after each of its epochs, and when it ends.
+        watch: called for every trial when it starts, after each new epoch, and when it ends.
 
     Returns:
         `best` (sampled and fixed values of the best trial), `best_value` (its highest validation accuracy),
-        `best_trial` (its name), `earlier` (how many trials of earlier searches counted too; the best may be one of
-        them) and `trials`: the fields of each `Trial` of this search, and its `best_value`.
+        `best_trial` (its name), `earlier` (number of trials used from earlier searches; the best one may be among
+        them) and `trials` (the fields of each `Trial` of this search, and its `best_value`).
 
     Raises:
-        RuntimeError: if no trial came as far as one epoch; holds the first trial's error.
-        ValueError: if the cluster can never have room for a trial.
+        RuntimeError: if no trial completed an epoch; the message holds the first trial's error.
+        ValueError: if the cluster is too small for a trial.
     """
     cluster = ray.cluster_resources()
-    slots = concurrent_trials(
+    concurrent = concurrent_trials(
         cluster.get("CPU", 0),
         cluster.get("GPU", 0),
         workers=settings.workers_per_trial,
@@ -71,24 +71,24 @@ def search(
         limit=settings.max_concurrent_trials,
     )
     earlier = journal.earlier(space) if settings.use_earlier_trials else []
-    known = Known(space, settings, journal, earlier, preset, slots, watch)
-    if known.left:
-        _run(driver, settings, known, journal, storage_path, use_gpu)
-    best = best_of([*known.trials, *earlier], settings)
+    queue = TrialQueue(space, settings, journal, earlier, preset, concurrent, watch)
+    if queue.num_left:
+        _run(train_trial, settings, queue, journal, storage_path, use_gpu)
+    best = best_of([*queue.trials, *earlier], settings)
     if best is None:
-        errors = [trial.error for trial in known.trials if trial.error]
+        errors = [trial.error for trial in queue.trials if trial.error]
         raise RuntimeError(f"no trial came as far as one epoch; the first one: {errors[0] if errors else 'none ran'}")
     return {
         "best": best.values,
         "best_value": best.best_value,
         "best_trial": best.name,
         "earlier": len(earlier),
-        "trials": [asdict(trial) | {"best_value": trial.best_value} for trial in known.trials],
+        "trials": [asdict(trial) | {"best_value": trial.best_value} for trial in queue.trials],
     }
 
 
-class Known:
-    """The trials of a search: those of the journal, which go on first, and then new ones."""
+class TrialQueue:
+    """The trials of a search: first those that were cut off, then new ones. It keeps their record in the journal."""
 
     def __init__(
         self,
@@ -97,17 +97,17 @@ class Known:
         journal: Journal,
         earlier: Sequence[Trial],
         preset: Mapping[str, Any] | None,
-        slots: int,
+        concurrent: int,
         watch: Watch,
     ) -> None:
-        self.space, self.settings, self.earlier, self.slots = space, settings, earlier, slots
+        self.space, self.settings, self.earlier, self.concurrent = space, settings, earlier, concurrent
         self._journal, self._preset, self._watch = journal, preset, watch
         self.trials = journal.trials()
         self._cut_off = [trial for trial in self.trials if trial.status == "running"]
 
     @property
-    def left(self) -> int:
-        """Number of trials that are to be begun or gone on with."""
+    def num_left(self) -> int:
+        """Number of trials that are still to be started or continued."""
         return len(self._cut_off) + max(0, self.settings.num_trials - len(self.trials))
 
     @property
@@ -115,7 +115,7 @@ class Known:
         return [trial for trial in self.trials if trial.status != "running"]
 
     def next(self) -> Trial | None:
-        """The next trial, written down; None if there is none left."""
+        """Stores and returns the next trial; None if there is none left."""
         if self._cut_off:
             trial = self._cut_off.pop(0)
             trial.started = time.time()
@@ -127,34 +127,34 @@ class Known:
             if values is None:
                 return None
             trial = Trial.of(f"trial-{number + 1:04d}", values, self.space)
-            self._journal.put(trial)
+            self._journal.write(trial)
             self.trials.append(trial)
-        self._tell(trial)
+        self._notify(trial)
         return trial
 
-    def note(self, trial: Trial, metrics: Mapping[str, Any]) -> None:
-        """Takes down an epoch; one that was told before changes nothing."""
-        if trial.note(metrics):
-            self._tell(trial, told=True)
+    def add_epoch(self, trial: Trial, metrics: Mapping[str, Any]) -> None:
+        """Records an epoch, unless it is known."""
+        if trial.add_epoch(metrics):
+            self._notify(trial, new_epoch=True)
 
-    def end(self, trial: Trial, by_itself: bool, error: str | None) -> None:
-        """Takes down the end of a trial, which came by itself, or to which it was brought."""
+    def end(self, trial: Trial, completed: bool, error: str | None) -> None:
+        """Records the end of a trial, which `completed` its training, failed with `error`, or was stopped."""
         if error:
             trial.end("failed", error)
         else:
-            trial.end("finished" if by_itself or trial.epochs >= self.settings.epochs else "stopped early")
-        self._journal.put(trial)
-        self._tell(trial)
+            trial.end("finished" if completed or trial.epochs >= self.settings.epochs else "stopped early")
+        self._journal.write(trial)
+        self._notify(trial)
 
-    def _tell(self, trial: Trial, told: bool = False) -> None:
-        self._watch(trial, seconds_left(self.trials, self.settings.num_trials, self.slots), told)
+    def _notify(self, trial: Trial, new_epoch: bool = False) -> None:
+        self._watch(trial, seconds_left(self.trials, self.settings.num_trials, self.concurrent), new_epoch)
 
 
 def scheduler(settings: SearchConfig, ended: Sequence[Trial] = ()) -> TrialScheduler:
-    """ASHA over the epochs, knowing what came of the trials in `ended`; or one that stops none."""
+    """ASHA over the epochs, with the results of the trials in `ended`; FIFO if early stopping is off."""
     if not settings.early_stopping:
         return FIFOScheduler()
-    # As Tune itself would tell it; it looks at nothing else of a trial, and not at Tune's controller.
+    # Replays the ended trials through Tune's own interface. ASHA uses a trial's id only, and no Tune controller.
     asha: Any = ASHAScheduler(
         time_attr="epoch",
         metric=SCORE,
@@ -163,7 +163,7 @@ def scheduler(settings: SearchConfig, ended: Sequence[Trial] = ()) -> TrialSched
         grace_period=settings.grace_epochs,
         reduction_factor=settings.reduction_factor,
     )
-    for number, trial in enumerate(ended):  # trials of several searches may have the same name
+    for number, trial in enumerate(ended):  # the name alone is not unique across searches
         stand_in = SimpleNamespace(trial_id=f"{number}/{trial.name}")
         asha.on_trial_add(None, stand_in)
         for row in trial.history:
@@ -173,93 +173,93 @@ def scheduler(settings: SearchConfig, ended: Sequence[Trial] = ()) -> TrialSched
 
 
 class _Proposer(Searcher):
-    """Hands Ray Tune one trial after the other, as many as there is room for, and takes down what comes of them."""
+    """Supplies Ray Tune with trials from the queue, and records their results."""
 
-    def __init__(self, known: Known, journal: Journal) -> None:
+    def __init__(self, queue: TrialQueue, journal: Journal) -> None:
         super().__init__(metric=SCORE, mode="max")
-        self._known, self._journal = known, journal
+        self._queue, self._journal = queue, journal
         self._running: dict[str, Trial] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        """Settings of the next trial; None as long as there is no room, `Searcher.FINISHED` after the last."""
-        if len(self._running) >= self._known.slots:
-            return None  # asked too early: what is running may teach something
-        trial = self._known.next()
+        """Config of the next trial; None while all places are taken, `Searcher.FINISHED` after the last trial."""
+        if len(self._running) >= self._queue.concurrent:
+            return None  # Tune asks ahead of time; a later proposal can use the results of running trials
+        trial = self._queue.next()
         if trial is None:
             return Searcher.FINISHED
         self._running[trial_id] = trial
         return {"trial": trial.name, "values": trial.values, "gflops": trial.gflops}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        # Tune hands nested results on with keys like paths.
+        # Tune flattens nested results; their keys become paths.
         metrics = {key.removeprefix("metrics/"): value for key, value in result.items() if key.startswith("metrics/")}
         if metrics:
-            self._known.note(self._running[trial_id], metrics)
+            self._queue.add_epoch(self._running[trial_id], metrics)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         result = result or {}
         self.on_trial_result(trial_id, result)
         trial, problem = self._running.pop(trial_id), result.get("error")
         if error and not problem:
-            problem = self._journal.death(trial.name) or f"its process died {MOST_DEATHS} times"
-        self._known.end(trial, result.get("ended", False), problem)
+            problem = self._journal.death(trial.name) or f"its process died {MAX_DEATHS} times"
+        self._queue.end(trial, result.get("ended", False), problem)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the journal has it all."""
+        """Does nothing, since the journal holds everything."""
 
     def save_to_dir(self, *_: Any, **__: Any) -> None:
-        """Nothing: the journal has it all."""
+        """Does nothing, since the journal holds everything."""
 
 
 def _run(
-    driver: TrialDriver,
+    train_trial: TrainTrial,
     settings: SearchConfig,
-    known: Known,
+    queue: TrialQueue,
     journal: Journal,
     storage_path: str,
     use_gpu: bool,
 ) -> None:
-    """Runs what is left of the trials."""
+    """Runs the remaining trials."""
     _free_trial_resources(storage_path)
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(Slot, driver=driver, journal=journal, settings=settings),
+        ray.tune.with_parameters(TrialProcess, train_trial=train_trial, journal=journal, settings=settings),
         _TrialResources(_bundle(settings, use_gpu), storage_path),
     )
     name = f"tune-{uuid.uuid4().hex[:8]}"
-    # No files of Tune's own and of TensorBoard for each result: nobody reads them. And a trial that fails has no score.
+    # Nobody reads the result files that Tune writes for itself and TensorBoard. A failed trial has no score to check.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
-    # All processes start at once; by default one is asked for only when the one before is there.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(known.slots)
+    # Starts all trial processes at once; by default Tune waits for each before it asks for the next.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(queue.concurrent)
     ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            num_samples=known.left,
-            search_alg=_Proposer(known, journal),
-            scheduler=scheduler(settings, [*known.earlier, *known.ended]),
+            num_samples=queue.num_left,
+            search_alg=_Proposer(queue, journal),
+            scheduler=scheduler(settings, [*queue.earlier, *queue.ended]),
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
             name=name,
             storage_path=storage_path,
-            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # drivers have their own
-            failure_config=ray.tune.FailureConfig(max_failures=MOST_DEATHS - 1),
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # `train_trial` writes its own
+            failure_config=ray.tune.FailureConfig(max_failures=MAX_DEATHS - 1),
             verbose=0,
         ),
     ).fit()
 
 
 def _bundle(settings: SearchConfig, use_gpu: bool) -> dict[str, float]:
-    """What the process of a trial takes; several workers are processes of their own, and take theirs themselves."""
+    """Resources of a trial process. Several workers are separate processes that reserve their own resources."""
     if settings.workers_per_trial > 1:
-        return {"node:__internal_head__": 0.001}  # Ray refuses a bundle of nothing
+        return {"node:__internal_head__": 0.001}  # Ray rejects an empty bundle
     return {"CPU": settings.cpus_per_trial} | ({"GPU": 1.0} if use_gpu else {})
 
 
 class _TrialResources(ray.tune.PlacementGroupFactory):
-    """What a trial takes, under a name by which it is found again.
+    """Resources of a trial in a named placement group.
 
-    Ray frees it at the end of the job, not of the process that asked for it: one that was killed and is started again
-    in the same job would wait for it for ever.
+    Ray frees a placement group at the end of the job, not of the process that created it. A search that was killed and
+    started again in the same job would wait forever for its own resources, so it frees them by their name first.
     """
 
     def __init__(self, bundle: dict[str, float], search: str) -> None:
@@ -271,7 +271,7 @@ class _TrialResources(ray.tune.PlacementGroupFactory):
 
 
 def _free_trial_resources(search: str) -> None:
-    """Frees what a killed process has left of the search."""
+    """Removes the placement groups that a killed process of the search has left."""
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(f"{search}#") and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))

@@ -1,7 +1,7 @@
-"""The search space as data: its dimensions, which of them are open, and which points of it can be trained.
+"""The search space: its dimensions, which of them are open, and which of its points can be trained.
 
-A sample maps the name of every searched dimension to a value. Imports neither Ray nor Optuna, so that the command line
-can say at once that a space is empty.
+A sample maps the name of every searched dimension to a value. The module imports neither Ray nor Optuna, so that the
+command line can reject an empty space immediately.
 """
 
 import itertools
@@ -21,12 +21,12 @@ Model = TypeVar("Model", bound=PerceiverConfig)
 
 @dataclass(frozen=True)
 class Dimension:
-    """One thing that is searched.
+    """A hyperparameter that can be searched.
 
     Attributes:
-        name: of the field of `SearchConfig` that holds its values, and of the field that a sample sets.
-        section: whose field it sets: the model's or the training's.
-        scale: `choice` takes one of the listed sizes, in their order; `log` any number between two, on a log scale.
+        name: name of the field of `SearchConfig` with its values, and of the field that a sample sets.
+        section: whether a sample sets a field of the model's or of the training's settings.
+        scale: `choice` takes one of the listed sizes; `log` takes any number between two, on a log scale.
     """
 
     name: str
@@ -47,13 +47,13 @@ DIMENSIONS = (
 
 @dataclass(frozen=True)
 class Space:
-    """The points that a search may try, all of them models that can be built and that are within the budget.
+    """The points that a search may try: models that can be built and that are within the budget.
 
     Attributes:
-        values: of each searched dimension: the choices in ascending order, or the lowest and the highest. One value is
-            a dimension that is fixed.
-        model: the settings that a sample changes.
-        max_gflops: budget in GFLOPs an image, forward.
+        values: choices of each searched dimension in ascending order, or its lowest and highest value. A dimension with
+            one value is fixed.
+        model: the model settings in which a sample replaces fields.
+        max_gflops: budget in GFLOPs per image, forward pass.
         max_parameters: budget in parameters.
     """
 
@@ -64,40 +64,40 @@ class Space:
 
     @classmethod
     def of(cls, settings: SearchConfig, model: PerceiverConfig) -> "Space":
-        """The space that `settings` ask for, around `model`.
+        """The space that `settings` describe, with all other fields as in `model`.
 
         Raises:
-            ValueError: if no point of it can be trained.
+            ValueError: if none of its points can be trained.
         """
         values = {d.name: tuple(sorted(set(getattr(settings, d.name)))) for d in DIMENSIONS}
         values = {name: listed for name, listed in values.items() if listed}
         space = cls(values, model, settings.max_gflops, settings.max_parameters)
         if not any(space.allows(shape) for shape in space.shapes()):
-            raise ValueError(f"the search space is empty: {space.why_not(next(space.shapes()))}")
+            raise ValueError(f"the search space is empty: {space.rejection(next(space.shapes()))}")
         return space
 
     @property
     def open(self) -> tuple[Dimension, ...]:
-        """The dimensions in which there is something to choose."""
+        """The dimensions with more than one value."""
         return tuple(d for d in DIMENSIONS if len(self.values.get(d.name, ())) > 1)
 
     @property
     def fixed(self) -> Sample:
-        """The searched dimensions in which there is nothing to choose, with their values."""
+        """The values of the dimensions that have a single one."""
         return {name: listed[0] for name, listed in self.values.items() if len(listed) == 1}
 
     def shapes(self) -> Iterator[Sample]:
-        """Every combination of the model's dimensions, those that cannot be built too."""
+        """Every combination of the model's dimensions, including models that cannot be built."""
         names = [d.name for d in DIMENSIONS if d.section == "model" and d.name in self.values]
         for combination in itertools.product(*(self.values[name] for name in names)):
             yield dict(zip(names, combination, strict=True))
 
     def allows(self, sample: Mapping[str, Any]) -> bool:
         """Whether the model of `sample` can be built and is within the budget."""
-        return self.why_not(sample) is None
+        return self.rejection(sample) is None
 
-    def why_not(self, sample: Mapping[str, Any]) -> str | None:
-        """Why `sample` is not tried, with the remedy; None if it may be."""
+    def rejection(self, sample: Mapping[str, Any]) -> str | None:
+        """The reason for which `sample` is not tried, with a remedy; None if it is allowed."""
         try:
             model = to_model(sample, self.model)
         except ValueError as error:
@@ -112,7 +112,7 @@ class Space:
         return None
 
     def contains(self, sample: Mapping[str, Any]) -> bool:
-        """Whether a trial of `sample`, of an earlier search perhaps, belongs to this space."""
+        """Whether `sample`, which may come from another search, is a point of this space."""
         if sample.keys() != self.values.keys():
             return False
         for dimension in DIMENSIONS:
@@ -123,7 +123,7 @@ class Space:
         return self.allows(sample)
 
     def nearest(self, wanted: Mapping[str, Any]) -> Sample:
-        """The values in the space that are closest to those of `wanted`, dimension by dimension; may not be allowed."""
+        """The values closest to those of `wanted`, dimension by dimension. The point may not be allowed."""
         sample = self.fixed
         for dimension in self.open:
             listed, value = self.values[dimension.name], wanted[dimension.name]
@@ -134,7 +134,7 @@ class Space:
         return self.ordered(sample)
 
     def grid(self, points: int) -> Iterator[Sample]:
-        """All allowed points of a grid, with `points` values of each dimension on a log scale, evenly spaced on it."""
+        """All allowed points of a grid, with `points` evenly spaced values of each dimension on a log scale."""
         axes = []
         for dimension in DIMENSIONS:
             listed = self.values.get(dimension.name, ())
@@ -149,7 +149,7 @@ class Space:
                 yield sample
 
     def draw(self, rng: random.Random) -> Sample:
-        """An allowed point at random: each choice as likely as another, ranges evenly on a log scale."""
+        """A random allowed point: choices are equally likely, ranges are uniform on their log scale."""
         while True:
             sample = self.fixed
             for dimension in self.open:
@@ -167,21 +167,21 @@ class Space:
 
 
 def to_model(sample: Mapping[str, Any], base: Model) -> Model:
-    """`base` with the sampled fields.
+    """`base` with the model's fields of `sample`.
 
     Raises:
-        ValueError: if such a model cannot be built.
+        ValueError: if the model cannot be built.
     """
     return replace(base, **_fields(sample, "model"))
 
 
 def training_values(sample: Mapping[str, Any]) -> Sample:
-    """The sampled fields of the training's settings."""
+    """The training's fields of `sample`."""
     return _fields(sample, "train")
 
 
 def gflops_per_image(model: PerceiverConfig) -> float:
-    """Billions of operations of a forward pass; a multiplication with its addition is two."""
+    """GFLOPs of a forward pass for one image. A multiply-accumulate counts as two operations."""
     return 2 * macs_per_image(model) / 1e9
 
 

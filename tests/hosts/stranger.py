@@ -1,4 +1,4 @@
-"""What somebody without the token gets of a Ray head: asks at every port, and prints what answered as JSON.
+"""Sends requests to every port of a Ray head without the token, and prints the answers as JSON.
 
 python stranger.py ADDRESS PORT...
 """

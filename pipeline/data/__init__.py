@@ -1,0 +1,16 @@
+"""From a source of images to verified rows in Parquet shards, and from the shards back to rows in memory.
+
+config.py        `DatasetConfig`: the source and how its rows are divided
+source.py        `Source`: what a data set promises, and the checks that its rows keep it
+sources.py       the data sets that the pipeline knows
+cifar.py         CIFAR-100 and CIFAR-10
+digits.py        the digits of scikit-learn
+archives.py      reads the pickles of an archive without executing them
+download.py      downloads an archive or takes a local copy, and checks its SHA-256
+ingest.py        writes the verified rows of a source to Parquet files
+preprocess.py    validates, splits and shuffles the rows into shards with Ray Data
+rows.py          `Rows`: labelled images in memory; stratified splits; digests of rows
+shards.py        writes and reads the Parquet file of a shard
+ray_rows.py      reads many shards with Ray Data
+image_files.py   reads images of one's own for batch inference: folders, Parquet files, npz files
+"""

@@ -1,0 +1,57 @@
+"""Writes the verified rows of a source to Parquet files."""
+
+from typing import Any
+
+from pipeline.data.config import DatasetConfig
+from pipeline.data.download import check_archive
+from pipeline.data.rows import RawDataset, Rows
+from pipeline.data.shards import write_rows
+from pipeline.data.sources import SOURCES
+from pipeline.storage import Storage
+
+_ROWS_PER_FILE = 8192
+"""Rows of a file: 25 MB of CIFAR, and enough files for as many readers."""
+
+
+def load(config: DatasetConfig) -> RawDataset:
+    """Reads, decodes and verifies a whole data set into memory.
+
+    Raises:
+        ValueError: as `check_archive`, or if the data are not what the source promises; names expected and found.
+        ConnectionError: if the official archive cannot be downloaded.
+    """
+    source = SOURCES[config.source]
+    check_archive(config, source)
+    return source.load(config, source)
+
+
+def ingest(config: DatasetConfig, storage: Storage, out: str) -> dict[str, Any]:
+    """Writes the verified rows of a source to Parquet files below `out`.
+
+    Returns:
+        Manifest: `source`, `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, and `files`, which has
+        for `train` and `test` a list of `{path, rows, sha256}` with paths relative to the root of the storage.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    source, raw = SOURCES[config.source], load(config)
+    return {
+        "source": source.name,
+        "image_shape": list(source.image_shape),
+        "num_classes": source.num_classes,
+        "label_names": raw.label_names,
+        "coarse_label_names": raw.coarse_label_names,
+        "files": {
+            "train": _write_files(raw.train, storage, storage.join(out, "train")),
+            "test": _write_files(raw.test, storage, storage.join(out, "test")),
+        },
+    }
+
+
+def _write_files(split: Rows, storage: Storage, out: str) -> list[dict[str, Any]]:
+    files = []
+    for number, start in enumerate(range(0, len(split), _ROWS_PER_FILE)):
+        rows = split.take(slice(start, start + _ROWS_PER_FILE))
+        files.append(write_rows(rows, storage, storage.join(out, f"{number:05d}.parquet")))
+    return files

@@ -1,0 +1,190 @@
+"""Validates, splits and shuffles ingested rows into Parquet shards, with Ray Data."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from pipeline.data.config import DatasetConfig
+from pipeline.data.ray_rows import own_errors, read_files
+from pipeline.data.rows import row_digests, stratified_split
+from pipeline.data.shards import from_table, write_rows
+from pipeline.storage import Storage
+
+_EVALUATION_SHARDS = 4
+"""Shards of the validation and of the test split."""
+_WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+
+
+def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage, out: str) -> dict[str, Any]:
+    """Writes the rows that `ingest` wrote as shards below `out`; the same config gives the same bytes.
+
+    The validation rows are taken from the training rows: `round(validation_fraction * rows)` of each class. The rows of
+    a split are shuffled over its shards.
+
+    Args:
+        config: Shares, number of shards and seed.
+        ingested: Output of `ingest`.
+        storage: Where the files of `ingest` are and the shards go.
+        out: Storage prefix of the shards.
+
+    Returns:
+        Manifest: `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, `pixel_mean` and `pixel_std` of
+        each channel over the training rows in [0, 1], `digest`, and `splits`, which has for `train`, `validation` and
+        `test` `{rows, class_counts, digest, shards: [{path, rows, sha256}]}`.
+
+        The digest of a split is the SHA-256 of the SHA-256s of its rows in order of row_id. It depends on the rows and
+        not on their layout in shards. The bytes of a row are row_id as int64, label and, if there is one, coarse label
+        as int32, all little-endian, then the image. The digest of the whole is the SHA-256 of the digests of `train`,
+        `validation` and `test`.
+
+    Raises:
+        CorruptShardError: if a file has other bytes than `ingested` names.
+        ValueError: if its rows do not have the promised shape, type and range, or no row is left for validation.
+    """
+    with own_errors():
+        rows = {name: _validated(ingested, name, storage).materialize() for name in ("train", "test")}
+        labels = {name: _labels(part) for name, part in rows.items()}
+        train, validation = stratified_split(labels["train"], config.validation_fraction, config.seed)
+        splits = {
+            "train": ("train", train, config.num_shards),
+            "validation": ("train", validation, _EVALUATION_SHARDS),
+            "test": ("test", np.arange(len(labels["test"])), _EVALUATION_SHARDS),
+        }
+        shards = [
+            _Shard(split, source, part, storage.join(out, split, f"{number:05d}.parquet"))
+            for split, (source, row_ids, num_shards) in splits.items()
+            for number, part in enumerate(_shuffled_parts(row_ids, num_shards, config.seed))
+        ]
+        placed = [part.map_batches(_placing(shards, name), **_WHOLE_BLOCKS) for name, part in rows.items()]
+        write = functools.partial(_write_shard, storage=storage, paths=[shard.path for shard in shards])
+        records = placed[0].union(*placed[1:]).groupby("shard").map_groups(write, batch_format="pyarrow").take_all()
+
+    records.sort(key=lambda record: record["shard"])
+    written = {
+        split: [pair for pair in zip(shards, records, strict=True) if pair[0].split == split] for split in splits
+    }
+    described = {
+        split: _describe(written[split], labels[source], ingested["num_classes"])
+        for split, (source, *_) in splits.items()
+    }
+    mean, std = _pixel_statistics([record for _, record in written["train"]])
+    digests = b"".join(bytes.fromhex(description["digest"]) for description in described.values())
+    kept = ("image_shape", "num_classes", "label_names", "coarse_label_names")
+    return {key: ingested[key] for key in kept} | {
+        "pixel_mean": mean,
+        "pixel_std": std,
+        "digest": hashlib.sha256(digests).hexdigest(),
+        "splits": described,
+    }
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The rows of the source's split that go into one file, in order."""
+
+    split: str
+    source: str
+    row_ids: np.ndarray
+    path: str
+
+
+def _shuffled_parts(row_ids: np.ndarray, num_parts: int, seed: int) -> list[np.ndarray]:
+    order = np.random.default_rng([seed, 1]).permutation(row_ids)
+    return np.array_split(order, min(num_parts, len(order)))
+
+
+def _placing(shards: list[_Shard], source: str) -> Callable[[pa.Table], pa.Table]:
+    """A function that adds to every row of `source` the number of its shard and its place in it."""
+    own = [(number, shard.row_ids) for number, shard in enumerate(shards) if shard.source == source]
+    row_ids = np.concatenate([ids for _, ids in own])
+    shard_of, place_of = np.empty((2, len(row_ids)), np.int64)
+    shard_of[row_ids] = np.concatenate([np.full(len(ids), number) for number, ids in own])
+    place_of[row_ids] = np.concatenate([np.arange(len(ids)) for _, ids in own])
+
+    def place(rows: pa.Table) -> pa.Table:
+        ids = rows["row_id"].to_numpy()
+        return rows.append_column("shard", pa.array(shard_of[ids])).append_column("place", pa.array(place_of[ids]))
+
+    return place
+
+
+def _write_shard(rows: pa.Table, storage: Storage, paths: list[str]) -> pa.Table:
+    """Writes the rows of one shard; returns what goes into the manifest, as a table of one row."""
+    number = rows["shard"][0].as_py()
+    shard = from_table(rows).take(np.argsort(rows["place"].to_numpy()))
+    channels = shard.images.reshape(-1, shard.image_shape[-1]).T
+    record = {
+        "shard": number,
+        "sha256": write_rows(shard, storage, paths[number])["sha256"],
+        "row_digests": row_digests(shard),
+        "histograms": [np.bincount(channel, minlength=256) for channel in channels],
+    }
+    return pa.Table.from_pylist([record])
+
+
+def _describe(written: list[tuple[_Shard, dict[str, Any]]], labels: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """The manifest of a split."""
+    row_ids = np.concatenate([shard.row_ids for shard, _ in written])
+    digests = np.concatenate([np.frombuffer(record["row_digests"], "V32") for _, record in written])
+    return {
+        "rows": len(row_ids),
+        "class_counts": np.bincount(labels[row_ids], minlength=num_classes).tolist(),
+        "digest": hashlib.sha256(digests[np.argsort(row_ids)].tobytes()).hexdigest(),
+        "shards": [
+            {"path": shard.path, "rows": len(shard.row_ids), "sha256": record["sha256"]} for shard, record in written
+        ],
+    }
+
+
+def _pixel_statistics(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel in [0, 1], from exact counts: no order of addition matters."""
+    histograms = np.sum([np.stack(record["histograms"]) for record in records], axis=0)
+    shares = histograms / histograms.sum(axis=1, keepdims=True)
+    levels = np.arange(256) / 255
+    mean = (shares * levels).sum(axis=1)
+    variance = (shares * (levels - mean[:, np.newaxis]) ** 2).sum(axis=1)
+    return mean.tolist(), np.sqrt(variance).tolist()
+
+
+def _validated(ingested: dict[str, Any], name: str, storage: Storage) -> ray.data.Dataset:
+    coarse_names = ingested["coarse_label_names"]
+    validate = functools.partial(
+        _validate,
+        image_shape=tuple(ingested["image_shape"]),
+        ranges={"label": ingested["num_classes"]} | ({"coarse_label": len(coarse_names)} if coarse_names else {}),
+    )
+    return read_files(ingested["files"][name], storage).map_batches(validate, **_WHOLE_BLOCKS)
+
+
+def _validate(rows: pa.Table, image_shape: tuple[int, ...], ranges: dict[str, int]) -> pa.Table:
+    expected = pa.fixed_shape_tensor(pa.uint8(), image_shape)
+    if (found := rows.schema.field("image").type) != expected:
+        raise ValueError(f"ingested rows: expected images of type {expected}, found {found}")
+    for column, count in ranges.items():
+        labels = rows[column].to_numpy()
+        if labels.dtype != np.int32 or labels.min() < 0 or labels.max() >= count:
+            raise ValueError(
+                f"ingested rows: expected {column} int32 from 0 to {count - 1}, found {labels.dtype} from "
+                f"{labels.min()} to {labels.max()}"
+            )
+    return rows
+
+
+def _labels(rows: ray.data.Dataset) -> np.ndarray:
+    """The label of each row_id.
+
+    Raises:
+        ValueError: if the row_ids are not 0, 1, ... N - 1.
+    """
+    batches = list(rows.select_columns(["row_id", "label"]).iter_batches(batch_size=None))
+    row_ids = np.concatenate([batch["row_id"] for batch in batches])
+    order = np.argsort(row_ids)
+    if not np.array_equal(row_ids[order], np.arange(len(row_ids))):
+        raise ValueError(f"ingested rows: expected each row_id from 0 to {len(row_ids) - 1} once")
+    return np.concatenate([batch["label"] for batch in batches])[order]

@@ -1,0 +1,96 @@
+"""Reads rows with Ray Data: from Parquet files whose bytes are those that a manifest names, into `Rows`."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import ray.exceptions
+from ray.data.context import ShuffleStrategy
+from ray.data.dataset import MaterializedDataset
+
+from pipeline.data.rows import Rows
+from pipeline.storage import CorruptFileError, Storage
+
+_READ_ROWS = 4096
+"""Rows that `to_rows` takes at a time."""
+
+
+class CorruptShardError(ray.exceptions.UserCodeException, CorruptFileError):
+    """A shard is missing or has other bytes than its manifest names.
+
+    As a `UserCodeException` it is reported by Ray Data in a few lines. Any other error is printed in full, four times.
+    """
+
+
+def read_files(files: list[dict[str, Any]], storage: Storage) -> ray.data.Dataset:
+    """The rows of `files`, each `{path, rows, sha256}`, read when they are asked for, a task for each file."""
+    dataset = ray.data.from_items(files, override_num_blocks=len(files))
+    # These settings hold for all that is made of this dataset, and for no other.
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Keeps the type of an error, so that a caller can tell a corrupt file from a lost node.
+    context.raise_original_map_exception = True
+    # `groupby` of 50,000 images on 2 CPUs: 3 s by sorting, 11 s by hashing, which is the default.
+    context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    return dataset.map_batches(functools.partial(_read_file, storage=storage), batch_size=1)
+
+
+def _read_file(batch: dict[str, np.ndarray], storage: Storage) -> pa.Table:
+    """Reads the one file that `batch` names; what is decoded are the very bytes whose checksum was verified."""
+    try:
+        data = storage.read_verified({name: str(batch[name][0]) for name in ("path", "sha256")})
+    except CorruptFileError as error:
+        raise CorruptShardError(*error.args) from error
+    return pq.read_table(pa.BufferReader(data))
+
+
+def read_split(manifest: dict[str, Any], split: str, storage: Storage) -> ray.data.Dataset:
+    """The rows of a split as they lie in its shards, read when they are asked for.
+
+    Args:
+        manifest: what `preprocess` returned.
+        split: `train`, `validation` or `test`.
+        storage: where the shards are.
+
+    Returns:
+        Dataset of `row_id`, `image`, `label` and, where there is one, `coarse_label`. Executing it raises a
+        `CorruptShardError`, which is also a `RayTaskError`, if a shard's bytes are not those of the manifest.
+    """
+    return read_files(manifest["splits"][split]["shards"], storage)
+
+
+def materialize_split(manifest: dict[str, Any], split: str, storage: Storage) -> MaterializedDataset:
+    """`read_split` read and verified.
+
+    Raises:
+        CorruptShardError: names the shard and both checksums.
+    """
+    with own_errors():
+        return read_split(manifest, split, storage).materialize()
+
+
+def to_rows(dataset: ray.data.Dataset | ray.data.DataIterator) -> Rows:
+    """Collects a dataset of `read_split`, or a worker's part of it, in memory, in order of `row_id`."""
+    with own_errors():
+        batches = list(dataset.iter_batches(batch_size=_READ_ROWS))
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    order = np.argsort(columns["row_id"])
+    coarse = columns["coarse_label"][order] if "coarse_label" in columns else None
+    return Rows(columns["row_id"][order], columns["image"][order], columns["label"][order], coarse)
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise

@@ -1,0 +1,94 @@
+"""Labelled images in memory: `Rows`; stratified splits, and digests that depend on the rows alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled images of one split."""
+
+    row_ids: np.ndarray
+    """int64 (N,): index of each row in its source."""
+    images: np.ndarray
+    """uint8 (N, H, W, C)."""
+    labels: np.ndarray
+    """int32 (N,)."""
+    coarse_labels: np.ndarray | None = None
+    """int32 (N,), or None if the source has none."""
+
+    @classmethod
+    def of(cls, images: np.ndarray, labels: np.ndarray, coarse_labels: np.ndarray | None = None) -> Rows:
+        """All rows of a source's split, whose ids are their positions."""
+        return cls(np.arange(len(images)), images, labels, coarse_labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        _, height, width, channels = self.images.shape
+        return height, width, channels
+
+    def take(self, positions: np.ndarray | slice) -> Rows:
+        """The rows at these positions, in this order, as new arrays; a slice gives views.
+
+        Args:
+            positions: int (M,), positions in [0, N).
+        """
+        coarse = None if self.coarse_labels is None else self.coarse_labels[positions]
+        return Rows(self.row_ids[positions], self.images[positions], self.labels[positions], coarse)
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A whole data set as its source has it, before the validation rows are taken out of `train`."""
+
+    train: Rows
+    test: Rows
+    label_names: list[str]
+    coarse_label_names: list[str] | None = None
+
+
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Takes `round(fraction * rows)` rows out of every class.
+
+    Returns:
+        Positions of the rows that stay, and of those that are taken out, each in ascending order.
+
+    Raises:
+        ValueError: if that leaves one of the two without a row.
+    """
+    rng = np.random.default_rng([seed, 0])
+    taken = []
+    for label in np.unique(labels):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        taken.append(rows[: round(fraction * len(rows))])
+    validation = np.sort(np.concatenate(taken))
+    train = np.setdiff1d(np.arange(len(labels)), validation)
+    if not len(validation) or not len(train):
+        raise ValueError(
+            f"data.validation_fraction = {fraction} of {len(labels)} rows leaves {len(train)} for training and "
+            f"{len(validation)} for validation: take another share"
+        )
+    return train, validation
+
+
+def rows_digest(rows: Rows) -> str:
+    """The digest of a split as the manifest of `preprocess` has it; `rows` are all its rows in order of `row_ids`."""
+    return hashlib.sha256(row_digests(rows)).hexdigest()
+
+
+def row_digests(rows: Rows) -> bytes:
+    """The SHA-256 of each row, 32 bytes a row, one after another; `preprocess` says which bytes make up a row."""
+    columns = [rows.row_ids.astype("<i8"), rows.labels.astype("<i4")]
+    if rows.coarse_labels is not None:
+        columns.append(rows.coarse_labels.astype("<i4"))
+    parts = [column[:, np.newaxis].view(np.uint8) for column in columns]
+    row_bytes = np.concatenate([*parts, rows.images.reshape(len(rows), -1)], axis=1)
+    return b"".join(hashlib.sha256(row).digest() for row in row_bytes)

@@ -1,0 +1,9 @@
+"""All that runs in the process of the command: it plans a run, starts its tasks, shows and records their progress.
+
+drive.py         what the command does, and its exit code
+resources.py     whether the cluster has room for the workers and the trials
+progress.py      what a person sees while a run goes on
+trial_table.py   the table of trials of a search
+run_log.py       what is recorded of a run in MLflow
+summary.py       the table at the end, and the plan of a dry run
+"""

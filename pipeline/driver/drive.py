@@ -1,0 +1,194 @@
+"""What the command does: runs the tasks that are not done, shows and records their progress, and reports the end."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from pipeline.driver.progress import Progress, make_console
+from pipeline.driver.summary import show_plan, show_summary, summarize
+from pipeline.settings.command_line import Options
+from pipeline.settings.config import PipelineConfig
+from pipeline.storage import Storage
+from pipeline.tasks.graph import TASKS
+from pipeline.tracking.outbox import Unsent, has_waiting
+from pipeline.tracking.server import check_server
+from pipeline.workflow.lease import Claim, Lease, LeaseLost
+from pipeline.workflow.run import Run
+from pipeline.workflow.runner import StopOnSignal, run_tasks
+from pipeline.workflow.task import Manifest, Stopped, Task, TaskFailed
+
+Tasks = Sequence[Task[PipelineConfig]]
+
+
+def drive(preset: str, options: Options) -> int:
+    """Does what `options` ask for; returns the exit code.
+
+    Raises:
+        ValueError: if a setting or the data cannot be used.
+    """
+    run = Run(TASKS, options.config, Storage(options.config.storage))
+    if options.dry_run:
+        show_plan(preset, options, run, make_console())
+        return 0
+    try:
+        summary = execute(preset, options, run)
+    except Stopped as stopped:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + stopped.signal
+    except LeaseLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
+    except TaskFailed as failed:
+        if isinstance(failed.cause, ValueError):
+            raise failed.cause from failed
+        print(f"error: {failed}\n{failed.__cause__}", file=sys.stderr)
+        return 1
+    show_summary(summary, make_console())
+    if options.summary_json:
+        Path(options.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
+    if unsent := summary["mlflow"]["unsent"]:
+        print(f"error: {unsent}", file=sys.stderr)
+    return 1 if unsent else 0
+
+
+def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str, Any]:
+    """Runs the tasks that are not done; returns the summary.
+
+    Raises:
+        ValueError: if the storage cannot be used, the tracking server does not answer or the cluster is too small.
+        TaskFailed, Stopped, LeaseLost: as `run_tasks` and `Lease.check`.
+    """
+    config, storage, tasks = run.config, run.storage, run.until(options.until)
+    with Progress(config) as progress, contextlib.ExitStack() as held:
+        try:
+            keys = _keys_to_hold(run, tasks, options.force)
+            lease = Lease(storage, keys, _Follow(run, tasks, progress))
+            if keys:
+                held.enter_context(lease)
+            if options.force:
+                run.forget(run.following(options.force))
+            # Read with the lease held, since another driver may have done, begun or forgotten tasks meanwhile.
+            manifests = _done(run, tasks)
+            identity = run.identity()
+            left_over = has_waiting(storage, identity)
+        except OSError as error:
+            raise ValueError(f"storage = {config.storage!r} cannot be read and written: {error}") from error
+        cached = set(manifests)
+        progress.cached(manifests)
+        if len(cached) == len(tasks) and not left_over:
+            return summarize(preset, config, manifests, cached)
+        # Neither library shall call home from somebody's cluster unless told to; they read this when imported.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # Imported below, since a run whose tasks are all done needs neither a cluster nor MLflow.
+        if len(cached) == len(tasks):
+            return summarize(preset, config, manifests, cached, *_send_left_over(preset, config, identity, progress))
+        try:
+            check_server(config.tracking_uri)
+        except ValueError as error:
+            if not left_over:
+                raise
+            progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
+        from pipeline.driver.resources import connect
+
+        if connect(config, storage, progress.say):
+            _outlive_terminal(progress)
+        from pipeline.driver.run_log import RunLog
+
+        signals = StopOnSignal(signal.SIGTERM, signal.SIGINT)
+        log = RunLog(config, identity, preset, progress.say)
+        log.done_before(manifests)
+        observers = (progress, log, _Release(lease))
+        try:
+            with signals, log:
+                manifests = run_tasks(run, tasks, signals, observers, lease.check)
+        except (Stopped, TaskFailed):
+            if log.unsent:
+                print(f"warning: {log.unsent}", file=sys.stderr)
+            raise
+        return summarize(preset, config, manifests, cached, log.run_id, log.unsent)
+
+
+def _done(run: Run[PipelineConfig], tasks: Tasks) -> dict[str, Manifest]:
+    """Manifests of those of `tasks` that need not run."""
+    wanted = {task.name for task in tasks}
+    return {name: manifest for name, manifest in run.done().items() if name in wanted}
+
+
+def _keys_to_hold(run: Run[PipelineConfig], tasks: Tasks, forced: Sequence[str]) -> list[str]:
+    """Keys of the run, and of its tasks that other runs may share and that keep a state; none if all is done."""
+    finished = _done(run, tasks).keys() - run.following(forced)
+    if len(finished) == len(tasks) and not has_waiting(run.storage, run.identity()):
+        return []
+    return [run.key, *(run.keys[task.name] for task in tasks if task.keeps_state and task.name not in finished)]
+
+
+def _send_left_over(
+    preset: str, config: PipelineConfig, identity: str, progress: Progress
+) -> tuple[str | None, Unsent | None]:
+    """Sends the records that an earlier driver of a finished run could not send; returns the run's id and the rest."""
+    from pipeline.driver.run_log import flush, open_sender
+
+    progress.say("sending records that the tracking server has not had")
+    sender = open_sender(config, identity, preset)
+    unsent = flush(sender, progress.say)
+    return sender.run_id, unsent
+
+
+class _Follow:
+    """Shows the progress of another driver while this one waits for it."""
+
+    def __init__(self, run: Run[PipelineConfig], tasks: Tasks, progress: Progress) -> None:
+        self._run, self._tasks, self._progress = run, tasks, progress
+        self._task_of = {key: name for name, key in run.keys.items()}
+        self._shown: tuple[str, str, int] | None = None
+        self._known: set[str] = set()
+
+    def __call__(self, key: str, claim: Claim) -> None:
+        manifests = _done(self._run, self._tasks)
+        if self._shown != (key, claim.host, claim.pid):
+            self._shown, self._known = (key, claim.host, claim.pid), set(manifests)
+            what = "this run" if key == self._run.key else f"the same {self._task_of[key]} for another run"
+            self._progress.say(f"process {claim.pid} on {escape(claim.host)} works at {what}: waiting for it")
+        for name in manifests.keys() - self._known:
+            self._known.add(name)
+            self._progress.done(name, manifests[name])
+
+
+class _Release:
+    """Lets other runs have a task that is done; an observer of the tasks."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+
+    def started(self, task: str) -> None:
+        pass
+
+    def reported(self, event: object) -> None:
+        pass
+
+    def done(self, task: str, manifest: Mapping[str, Any]) -> None:
+        if task != TASKS[-1].name:  # the key of the last task stands for the run
+            self._lease.release(manifest["key"])
+
+
+def _outlive_terminal(progress: Progress) -> None:
+    """Lets a run on a cluster go on when the ssh connection of its driver ends; its output then goes to a file."""
+    log = Path(tempfile.gettempdir()) / f"perceiver-pipeline-{os.getpid()}.log"
+
+    def hang_up(*_: object) -> None:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file, stream.fileno())
+        progress.hang_up()
+
+    signal.signal(signal.SIGHUP, hang_up)

@@ -1,0 +1,147 @@
+"""What a person sees while a run goes on: lines on a terminal with a live line below them, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.driver.trial_table import TrialTable, duration
+from pipeline.settings.config import PipelineConfig
+from pipeline.tasks.events import TrialChanged
+from pipeline.training.worker import EpochEnded, StepProgress
+
+# In a log, lines are not folded at the width of a terminal that is not there.
+PLAIN_WIDTH = 200
+# Seconds between the lines with the position within an epoch, in a log.
+PLAIN_SECONDS = 60.0
+
+
+class Progress:
+    """Prints the progress of a run; an observer of its tasks.
+
+    Args:
+        config: Configuration of the run.
+        console: Where to print; None: standard output.
+    """
+
+    def __init__(self, config: PipelineConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or make_console()
+        self._status = self.console.status("starting")
+        self._start = time.monotonic()
+        self._trials = TrialTable(config.search.num_trials, config.search.epochs)
+        self._time_left: _TimeLeft | None = None
+        self._last_plain = self._start
+        self._terminal_is_gone = False
+
+    def __enter__(self) -> "Progress":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def hang_up(self) -> None:
+        """Notes that standard output is a log from now on; may be called in a signal handler."""
+        self._terminal_is_gone = True
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time since the start."""
+        self._follow_terminal()
+        self.console.print(f"[dim]{time.monotonic() - self._start:7.1f} s[/dim]  {text}", highlight=False)
+
+    def cached(self, names: Iterable[str]) -> None:
+        """Prints the tasks that an earlier run has done."""
+        for name in names:
+            self.say(f"[green]{name:10}[/green] done before")
+
+    def started(self, task: str) -> None:
+        self._status.update(task)
+        self.say(f"[bold]{task:10}[/bold] started")
+
+    def done(self, task: str, manifest: Mapping[str, Any]) -> None:
+        self.say(f"[green]{task:10}[/green] done in {manifest['seconds']:.1f} s")
+
+    def reported(self, event: object) -> None:
+        self._follow_terminal()
+        if isinstance(event, TrialChanged):
+            self._show_trial(event)
+        elif isinstance(event, StepProgress):
+            self._show_step(event)
+        elif isinstance(event, EpochEnded):
+            self._show_epoch(event.metrics)
+
+    def _follow_terminal(self) -> None:
+        """Ends the live line when there is no terminal any more."""
+        if self._terminal_is_gone:
+            self._terminal_is_gone = False
+            self._status.stop()
+            self.console = Console(file=self.console.file, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+
+    def _show_trial(self, trial: TrialChanged) -> None:
+        """The table of all trials on a terminal, and a line for the log."""
+        line = self._trials.update(trial)
+        if self.console.is_terminal:
+            self._status.update(self._trials.table())
+            if trial.status in ("running", "stopped early") and trial.error is None:
+                return  # the table shows it
+        if line:
+            self.say(f"{'search':10} {line}")
+
+    def _show_step(self, step: StepProgress) -> None:
+        """The live line; a plain line now and then where there is no terminal."""
+        # The first step, or the workers were started again.
+        if self._time_left is None or step.epoch < self._time_left.epoch:
+            self._time_left = _TimeLeft(self.config.train.epochs)
+        left = self._time_left.after(step)
+        parts = [
+            f"epoch {step.epoch}/{self.config.train.epochs}",
+            f"step {step.step}/{step.steps}",
+            f"{step.images_per_second:.0f} images/s",
+            f"loss {step.loss:.4f}",
+            f"accuracy {step.accuracy:.4f}",
+            f"{'?' if left is None else duration(left)} left",
+        ]
+        line = f"{'train':10} {', '.join(parts)}"
+        if self.console.is_terminal:
+            self._status.update(line)
+        elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:
+            self._last_plain = time.monotonic()
+            self.say(line)
+
+    def _show_epoch(self, metrics: Mapping[str, float]) -> None:
+        self._last_plain = time.monotonic()
+        self.say(
+            f"{'train':10} epoch {metrics['epoch']}/{self.config.train.epochs}: loss {metrics['loss']:.4f}, "
+            f"val_loss {metrics['val_loss']:.4f}, val_accuracy {metrics['val_accuracy']:.4f}, "
+            f"{metrics['images_per_second']:.0f} images/s"
+        )
+
+
+class _TimeLeft:
+    """Estimates the time that a training still takes from the steps since the first one that was seen.
+
+    Validation and checkpoints are part of that time as soon as an epoch has ended.
+    """
+
+    def __init__(self, num_epochs: int) -> None:
+        self.num_epochs, self.epoch = num_epochs, 0
+        self._first: tuple[float, int] | None = None
+
+    def after(self, step: StepProgress) -> float | None:
+        """Seconds that are left; None after the first step."""
+        now, self.epoch = time.monotonic(), step.epoch
+        done = (step.epoch - 1) * step.steps + step.step
+        if self._first is None:
+            self._first = now, done
+        start, before = self._first
+        if done <= before:
+            return None
+        return (now - start) / (done - before) * (self.num_epochs * step.steps - done)
+
+
+def make_console() -> Console:
+    """A console for standard output."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)

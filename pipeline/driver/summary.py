@@ -1,0 +1,128 @@
+"""The summary of a run, as a table and as JSON, and the plan that a dry run prints."""
+
+import shlex
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from perceiver import cost
+from pipeline.settings.command_line import Options
+from pipeline.settings.config import PipelineConfig, flatten, trained_configs
+from pipeline.storage import Storage
+from pipeline.tracking.outbox import Unsent
+from pipeline.workflow.run import Run
+from pipeline.workflow.task import Manifest
+
+
+def summarize(
+    preset: str,
+    config: PipelineConfig,
+    manifests: dict[str, Manifest],
+    cached: set[str],
+    run_id: str | None = None,
+    unsent: Unsent | None = None,
+) -> dict[str, Any]:
+    """The summary of a run; the parts of tasks that are not among `manifests` are missing."""
+    outputs = {name: manifest["output"] for name, manifest in manifests.items()}
+    summary: dict[str, Any] = {
+        "preset": preset,
+        "tasks": {
+            name: {
+                "state": "cached" if name in cached else "done",
+                "seconds": manifest["seconds"],
+                "key": manifest["key"],
+            }
+            for name, manifest in manifests.items()
+        },
+        "mlflow": {
+            "tracking_uri": config.tracking_uri,
+            "experiment": config.tracking.experiment,
+            "run_id": run_id,
+            "unsent": str(unsent) if unsent else None,
+        },
+    }
+    if "preprocess" in outputs:
+        summary["dataset"] = {"digest": outputs["preprocess"]["digest"]}
+    if "search" in outputs:
+        found = outputs["search"]
+        summary["search"] = {"num_trials": len(found["trials"]), "best": found["best"]}
+    if "train" in outputs:
+        trained = outputs["train"]
+        model, _ = trained_configs(config, searched=outputs["search"])
+        summary["train"] = {
+            name: trained[name] for name in ("images_per_second", "epochs", "best_epoch", "num_workers")
+        } | {"parameters": cost.parameter_count(model)}
+    if "evaluate" in outputs:
+        summary["test"] = {name: outputs["evaluate"][name] for name in ("top1", "top5", "loss", "num_examples")}
+    if "register" in outputs:
+        summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
+        summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
+    if "report" in outputs:
+        summary["report"] = Storage(config.storage).absolute(outputs["report"]["report"]["path"])
+    return summary
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{summary['preset']}", show_header=False)
+    test, model, search = summary.get("test"), summary.get("model"), summary.get("search")
+    for name, task in summary["tasks"].items():
+        table.add_row(name, "done before" if task["state"] == "cached" else f"done in {task['seconds']:.1f} s")
+    if test:
+        table.add_row("test top-1", f"{test['top1']:.2%} of {test['num_examples']} images")
+        table.add_row("test top-5", f"{test['top5']:.2%}")
+        table.add_row("test loss", f"{test['loss']:.4f}")
+    if search and search["best"]:
+        table.add_row("best of search", ", ".join(f"{name} = {value:.4g}" for name, value in search["best"].items()))
+    if train := summary.get("train"):
+        table.add_row(
+            "training",
+            f"{train['images_per_second']:.0f} images/s on {train['num_workers']} workers, {train['epochs']} epochs, "
+            f"{train['parameters']:,} parameters",
+        )
+    if model:
+        table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
+    if report := summary.get("report"):
+        table.add_row("report", escape(report))
+    runs = summary["mlflow"]
+    table.add_row("runs", escape(f"experiment {runs['experiment']}, run {runs['run_id']}"))
+    table.add_row("to look at them", escape(mlflow_command(runs["tracking_uri"])))
+    console.print(table)
+
+
+def mlflow_command(tracking_uri: str) -> str:
+    """The command that shows the runs in a browser."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return f"open {tracking_uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
+
+
+def show_plan(preset: str, options: Options, run: Run[PipelineConfig], console: Console) -> None:
+    """Prints the settings, the tasks and what the model costs; starts nothing."""
+    config = run.config
+    settings = Table("setting", "value", title=f"{preset}")
+    for name, value in flatten(config).items():
+        settings.add_row(name, escape(str(value)))
+    console.print(settings)
+    tasks = Table("task", "key", "state", "takes", title="tasks")
+    finished, wanted = run.done().keys() - run.following(options.force), True
+    for task in run.tasks:
+        state = "done" if task.name in finished else "to do" if wanted else "left out"
+        tasks.add_row(task.name, run.keys[task.name], state, task.resources(config))
+        wanted = wanted and task.name != options.until
+    console.print(tasks)
+    macs = cost.macs_per_image(config.model)
+    console.print(
+        f"model: {cost.parameter_count(config.model):,} parameters, about {2 * macs / 1e9:.3f} GFLOPs an image "
+        f"({macs / 1e6:.1f} MMAC) forward, three times that in training"
+    )
+    train = config.train
+    rows = config.training_rows * train.epochs
+    kept = cost.activation_bytes_per_image(config.model) * train.global_batch_size
+    kept //= 1 if train.precision == "float32" else 2
+    workers = f"{train.max_workers} workers" if train.max_workers > 1 else "the worker"
+    console.print(
+        f"training: {train.epochs} epochs, {rows:,} images, about {6 * macs * rows / 1e15:.3g} PFLOPs; activations of "
+        f"a step about {kept / 2**20:,.0f} MiB, shared by {workers}"
+    )

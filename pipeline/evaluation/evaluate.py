@@ -1,0 +1,249 @@
+"""The evaluation of one trained model: accuracy, calibration, robustness, speed, and the rows where it is wrong.
+
+`evaluate` takes arrays and returns arrays and JSON-able results; it uses neither tasks nor storage.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.metrics import confusion_matrix
+
+from perceiver.model import Perceiver, attention_maps
+from pipeline.data.rows import Rows
+from pipeline.evaluation.calibration import fit_temperature, reliability
+from pipeline.evaluation.config import EvaluationConfig
+from pipeline.evaluation.corruptions import CORRUPTIONS, corrupt
+from pipeline.evaluation.metrics import (
+    confused_pairs,
+    cross_entropy,
+    different_classes,
+    extreme_classes,
+    most_confident,
+    recalls,
+    scores,
+    softmax,
+    superclass_of_class,
+)
+from pipeline.evaluation.predictions import Predictions
+
+BATCH_SIZE = 256
+WARM_UP_CALLS = 5
+EXTREME_CLASSES = 5
+"""Number of the worst and of the best classes that are shown with images."""
+PICTURES_PER_CLASS = 6
+CONFUSED_PAIRS = 20
+ATTENTION_IMAGES = 6
+"""Number of images whose attention maps are kept."""
+ATTENTION_LATENTS = 8
+"""Number of latents whose own attention maps are kept, for the first of these images."""
+
+Apply = Callable[[np.ndarray], np.ndarray]
+"""uint8 images (N, H, W, C) to logits float32 (N, K)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        results: JSON-able; docs/evaluation.md describes its fields.
+        test, validation: Logits of all rows.
+        pictures: Arrays for the report: `row_ids` (P,), `images` (P, H, W, C) and `labels` (P,) of the rows that
+            `results` names or whose attention is shown; `attention` float32 (iterations, A, rows, columns), the mean
+            over heads and latents for the rows `attention_row_ids` (A,); `latent_attention` float32 (iterations, L,
+            rows, columns), the mean over heads for the single latents `latents` (L,) of the first of these rows.
+    """
+
+    results: dict[str, Any]
+    test: Predictions
+    validation: Predictions
+    pictures: dict[str, np.ndarray]
+
+
+def compiled(model: keras.Model, image_shape: tuple[int, ...]) -> Apply:
+    """Compiles a model of uint8 images to one graph for all batch sizes, as the exported model runs it."""
+    signature = [tf.TensorSpec((None, *image_shape), tf.uint8)]
+    graph = tf.function(lambda images: model(images, training=False), input_signature=signature)
+    return lambda images: graph(tf.constant(images)).numpy()
+
+
+def logits_of(apply: Apply, images: np.ndarray) -> np.ndarray:
+    """Logits float32 (N, K) of uint8 images (N, H, W, C), in the same order."""
+    return np.concatenate([apply(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)])
+
+
+def evaluate(
+    model: Perceiver,
+    test: Rows,
+    validation: Rows,
+    config: EvaluationConfig,
+    label_names: list[str],
+    coarse_label_names: list[str] | None = None,
+) -> Evaluation:
+    """Evaluates a model on the test rows; the temperature is fitted to the validation rows.
+
+    Args:
+        model: Maps uint8 images to logits.
+        label_names: Names of the K classes.
+        coarse_label_names: Names of the superclasses, if the data set has any.
+
+    Raises:
+        ValueError: if a logit is not finite.
+    """
+    apply = compiled(model, test.images.shape[1:])
+    logits, validation_logits = logits_of(apply, test.images), logits_of(apply, validation.images)
+    validation_scores, test_scores = scores(validation_logits, validation.labels), scores(logits, test.labels)
+    temperature = fit_temperature(validation_logits, validation.labels)
+    probabilities = softmax(logits, temperature)
+    confusion = confusion_matrix(test.labels, logits.argmax(axis=1), labels=np.arange(len(label_names)))
+    results = {
+        "label_names": label_names,
+        "coarse_label_names": coarse_label_names,
+        "test": test_scores,
+        "validation": validation_scores,
+        "per_class": recalls(confusion),
+        "confusion": confusion.tolist(),
+        "superclasses": _superclasses(logits, test, len(label_names)) if test.coarse_labels is not None else None,
+        "calibration": {
+            "num_bins": config.calibration_bins,
+            "temperature": temperature,
+            "loss_before": test_scores["loss"],
+            "loss_after": cross_entropy(logits, test.labels, temperature),
+            "before": reliability(softmax(logits), test.labels, config.calibration_bins),
+            "after": reliability(probabilities, test.labels, config.calibration_bins),
+        },
+        "robustness": _robustness(apply, test, logits, config) if config.corruption_rows else None,
+        "speed": measure_speed(apply, test.images, config.latency_calls),
+        "slices": _slices(probabilities, test, confusion, config.confident_mistakes),
+    }
+    return Evaluation(
+        results,
+        Predictions(test.row_ids, test.labels, logits),
+        Predictions(validation.row_ids, validation.labels, validation_logits),
+        _pictures(model, test, probabilities, results["slices"]),
+    )
+
+
+def measure_speed(apply: Apply, images: np.ndarray, calls: int) -> dict[str, Any]:
+    """Latency of a call with one image in milliseconds, and throughput in batches of `BATCH_SIZE` in images/s.
+
+    Measures from arrays in memory to arrays in memory, after `WARM_UP_CALLS`.
+    """
+    batch = np.resize(images, (BATCH_SIZE, *images.shape[1:]))
+    single = [1000 * seconds for seconds in _seconds(apply, images[:1], calls)]
+    batched = _seconds(apply, batch, max(3, calls // 20))
+    return {
+        "batch_1_median_ms": float(np.median(single)),
+        "batch_1_p95_ms": float(np.percentile(single, 95)),
+        "batch_256_images_per_second": float(BATCH_SIZE / np.median(batched)),
+        "device": "GPU" if tf.config.list_physical_devices("GPU") else f"CPU, {len(os.sched_getaffinity(0))} cores",
+    }
+
+
+def _seconds(apply: Apply, images: np.ndarray, calls: int) -> list[float]:
+    for _ in range(WARM_UP_CALLS):
+        apply(images)
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        apply(images)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _superclasses(logits: np.ndarray, test: Rows, num_classes: int) -> dict[str, Any]:
+    """Accuracy on superclasses; the superclass of a prediction is that of the predicted class."""
+    assert test.coarse_labels is not None
+    of_class = superclass_of_class(test.labels, test.coarse_labels, num_classes)
+    predicted = logits.argmax(axis=1)
+    confusion = confusion_matrix(test.coarse_labels, of_class[predicted], labels=np.arange(of_class.max() + 1))
+    hit = predicted == test.labels
+    return {
+        "of_class": of_class.tolist(),
+        "top1": float((of_class[predicted] == test.coarse_labels).mean()),
+        "confusion": confusion.tolist(),
+        "per_superclass": recalls(confusion),
+        # Share of the rows of each superclass whose class, not only superclass, is predicted.
+        "class_top1": [float(hit[test.coarse_labels == s].mean()) for s in range(len(confusion))],
+    }
+
+
+def _robustness(apply: Apply, test: Rows, logits: np.ndarray, config: EvaluationConfig) -> dict[str, Any]:
+    """Top-1 accuracy on corrupted copies of a random subset, and on the same rows without corruption."""
+    count = min(config.corruption_rows, len(test.labels))
+    positions = np.sort(np.random.default_rng(config.seed).permutation(len(test.labels))[:count])
+    rows = test.take(positions)
+
+    def top1(name: str, severity: int) -> float:
+        corrupted = corrupt(rows.images, name, severity, config.seed)
+        return float((logits_of(apply, corrupted).argmax(axis=1) == rows.labels).mean())
+
+    severities = config.corruption_severities
+    top1s = {name: [top1(name, severity) for severity in severities] for name in CORRUPTIONS}
+    return {
+        "num_examples": count,
+        "severities": list(severities),
+        "clean_top1": float((logits[positions].argmax(axis=1) == rows.labels).mean()),
+        "top1": top1s,
+        "mean_top1": float(np.mean(list(top1s.values()))),
+    }
+
+
+def _slices(probabilities: np.ndarray, test: Rows, confusion: np.ndarray, mistakes: int) -> dict[str, Any]:
+    """The classes, rows and confusions that the report shows."""
+
+    def rows(positions: list[int]) -> list[dict[str, Any]]:
+        return [
+            {
+                "row_id": int(test.row_ids[position]),
+                "label": int(test.labels[position]),
+                "predicted": int(probabilities[position].argmax()),
+                "confidence": float(probabilities[position].max()),
+            }
+            for position in positions
+        ]
+
+    def classes(worst: bool) -> list[dict[str, Any]]:
+        """The worst classes with their mistakes, or the best with their hits."""
+        found = extreme_classes(confusion, EXTREME_CLASSES, worst=worst)
+        for entry in found:
+            positions = most_confident(
+                probabilities, test.labels, PICTURES_PER_CLASS, right=not worst, label=entry["label"]
+            )
+            entry["examples"] = rows(positions)
+        return found
+
+    return {
+        "worst_classes": classes(worst=True),
+        "best_classes": classes(worst=False),
+        "confident_mistakes": rows(most_confident(probabilities, test.labels, mistakes, right=False)),
+        "confused_pairs": confused_pairs(confusion, CONFUSED_PAIRS),
+    }
+
+
+def _pictures(model: Perceiver, test: Rows, probabilities: np.ndarray, found: dict[str, Any]) -> dict[str, np.ndarray]:
+    """`Evaluation.pictures`, for the rows that `_slices` has `found`."""
+    hits = most_confident(probabilities, test.labels, len(test.labels), right=True)
+    looked_at = different_classes(hits, test.labels, ATTENTION_IMAGES)
+    named = [*found["confident_mistakes"]]
+    named += [row for kind in ("worst_classes", "best_classes") for entry in found[kind] for row in entry["examples"]]
+    positions = np.unique([*np.searchsorted(test.row_ids, [row["row_id"] for row in named]), *looked_at]).astype(int)
+    # One image at a time: the maps of a large model, (iterations, heads, latents, rows, columns), take tens of MB each.
+    maps = [attention_maps(model, test.images[p : p + 1])[:, 0] for p in looked_at]
+    rows = test.take(positions)
+    pictures = {"row_ids": rows.row_ids, "images": rows.images, "labels": rows.labels}
+    if maps:  # none if the model classifies no row correctly
+        latents = np.linspace(0, maps[0].shape[2] - 1, min(ATTENTION_LATENTS, maps[0].shape[2])).astype(int)
+        pictures |= {
+            "attention": np.stack([image.mean(axis=(1, 2)) for image in maps], axis=1),
+            "attention_row_ids": test.row_ids[looked_at],
+            "latent_attention": maps[0].mean(axis=1)[:, latents],
+            "latents": latents,
+        }
+    return pictures

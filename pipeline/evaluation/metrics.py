@@ -1,0 +1,120 @@
+"""Metrics of logits, and which classes and rows a report shows as the best, the worst and the most confidently wrong.
+
+Two metrics are not scikit-learn's: of equal logits its top-k accuracy prefers the last class, so that a model with
+constant logits can score better than chance, and its log loss clips probabilities, so that it underestimates a
+confident mistake.
+"""
+
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities float32 (N, K) of logits (N, K) that are divided by `temperature` first."""
+    return scipy.special.softmax(logits.astype(np.float64) / temperature, axis=1).astype(np.float32)
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:
+    """Mean negative log-probability of the labels, in nats; logits are divided by `temperature` first."""
+    log_probabilities = scipy.special.log_softmax(logits.astype(np.float64) / temperature, axis=1)
+    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+
+
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Number of classes ranked before the label, int (N,); 0 is a hit. Equal logits rank in order of their classes."""
+    label = labels[:, np.newaxis].astype(np.int64)
+    of_label = np.take_along_axis(logits, label, axis=1)
+    before = np.arange(logits.shape[1]) < label
+    return ((logits > of_label) | ((logits == of_label) & before)).sum(axis=1)
+
+
+def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy, cross-entropy and number of rows.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) integers.
+
+    Raises:
+        ValueError: if a logit is not finite; no logit compares as greater than NaN, so the row would count as a hit.
+    """
+    if not (finite := np.isfinite(logits).all(axis=1)).all():
+        raise ValueError(f"the model gives {(~finite).sum()} of {len(labels)} images no finite logits")
+    rank = ranks(logits, labels)
+    return {
+        "top1": float((rank == 0).mean()),
+        "top5": float((rank < 5).mean()),
+        "loss": cross_entropy(logits, labels),
+        "num_examples": len(labels),
+    }
+
+
+def recalls(confusion: np.ndarray) -> list[float | None]:
+    """Share of hits among the rows of each class; None for a class without rows.
+
+    Args:
+        confusion: int (K, K), number of rows by label (first axis) and predicted class.
+    """
+    return [float(row[k] / row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
+
+
+def superclass_of_class(labels: np.ndarray, coarse_labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Superclass of each class, int64 (K,), derived from the labels of the rows.
+
+    Raises:
+        ValueError: if a class has no row, or rows of several superclasses.
+    """
+    found = np.full(num_classes, -1)
+    found[labels] = coarse_labels
+    if (missing := np.flatnonzero(found < 0)).size:
+        raise ValueError(f"class {missing[0]} has no row, so its superclass is unknown")
+    if (wrong := np.flatnonzero(found[labels] != coarse_labels)).size:
+        raise ValueError(f"rows of class {labels[wrong[0]]} belong to several superclasses")
+    return found
+
+
+def confused_pairs(confusion: np.ndarray, count: int) -> list[dict[str, int]]:
+    """The `count` most frequent mistakes, the most frequent first: `{label, predicted, rows}`."""
+    mistakes = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
+    pairs = zip(*np.unravel_index(order, mistakes.shape), strict=True)
+    return [
+        {"label": int(label), "predicted": int(predicted), "rows": int(mistakes[label, predicted])}
+        for label, predicted in pairs
+        if mistakes[label, predicted]
+    ]
+
+
+def extreme_classes(confusion: np.ndarray, count: int, *, worst: bool) -> list[dict[str, Any]]:
+    """The `count` classes with the lowest, or the highest, recall among those with rows: `{label, accuracy, rows}`."""
+    known = [(recall, label) for label, recall in enumerate(recalls(confusion)) if recall is not None]
+    known.sort(key=lambda pair: (pair[0] if worst else -pair[0], pair[1]))
+    return [{"label": label, "accuracy": value, "rows": int(confusion[label].sum())} for value, label in known[:count]]
+
+
+def most_confident(
+    probabilities: np.ndarray, labels: np.ndarray, count: int, *, right: bool, label: int | None = None
+) -> list[int]:
+    """Positions of the rows that are classified correctly (or wrongly), the most confident first.
+
+    Args:
+        probabilities: (N, K).
+        labels: (N,) integers.
+        count: Number of positions, at most.
+        right: True for hits, False for mistakes.
+        label: Only rows of this class; None for all rows.
+    """
+    chosen = (probabilities.argmax(axis=1) == labels) == right
+    if label is not None:
+        chosen &= labels == label
+    positions = np.flatnonzero(chosen)
+    order = np.argsort(-probabilities[positions].max(axis=1), kind="stable")[:count]
+    return [int(position) for position in positions[order]]
+
+
+def different_classes(positions: list[int], labels: np.ndarray, count: int) -> list[int]:
+    """The first `count` of `positions`, where a class is repeated only after each class has had its first row."""
+    first = [p for i, p in enumerate(positions) if labels[p] not in labels[positions[:i]]]
+    return (first + [p for p in positions if p not in first])[:count]

@@ -1,0 +1,244 @@
+"""Versions of the registered model in the MLflow registry, and the alias of the best one, the champion.
+
+Every version carries its evidence: tags, and the file `evaluation/test_rows.npz` among its files. Pipelines that
+register at the same time agree on the champion without a lock, which a tracking server does not have:
+
+1. The call that creates a version also stores the first version that it is compared with (`promotion.since`) and the
+   champion at that time (`promotion.incumbent`).
+2. Each pipeline decides among all versions since that one, sets the alias, and looks again, until nothing changes.
+
+A pipeline that sets the alias from an outdated view therefore sees the change afterwards, and corrects the alias.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlflow.artifacts
+import numpy as np
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model
+
+from pipeline.registry.config import PromotionConfig
+from pipeline.registry.promotion import Candidate, Evidence, decide
+from pipeline.tracking.tracker import IDENTITY_TAG, Tracker, TrackingError
+
+CHALLENGER = "challenger"
+# Files of a version in addition to those that MLflow writes.
+ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.keras", "README.md"
+# Tags of a version.
+STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
+TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
+OPEN = "open"  # state of a version that is not decided yet
+# Each turn but the last follows a change by another pipeline, and so many do not register at once.
+MAX_TURNS = 50
+
+
+def register(
+    tracker: Tracker,
+    *,
+    name: str,
+    identity: str,
+    run_id: str,
+    export: Callable[[Path, Model], None],
+    evidence: Evidence,
+    label_names: Sequence[str],
+    promotion: PromotionConfig,
+    champion: str = "champion",
+    tags: Mapping[str, str] | None = None,
+    description: str = "",
+) -> dict[str, str]:
+    """Registers a model as a version of `name`, and decides whether it becomes the champion.
+
+    Args:
+        name: Name of the registered model, which is created if it does not exist.
+        identity: Unique id of the version; a call with the same identity continues an earlier one.
+        run_id: The run whose output the model is.
+        export: Writes the files of the model into an empty folder; its second argument is MLflow's metadata.
+        label_names: Names of the classes, in order.
+        champion: Alias of the best version.
+        tags: Further tags of the version.
+        description: Description of the version.
+
+    Returns:
+        `name`, `version`, the `alias` that the version got (`champion` or `challenger`), `champion` (the name of that
+        alias), `uri` (`models:/<name>/<version>`), `model_id` and the `reason` of the decision.
+    """
+    registry = _Registry(tracker, name, champion)
+    model = registry.find_or_create_model(identity, run_id)
+    if model.status != LoggedModelStatus.READY:
+        registry.upload(model, run_id, export, evidence)
+    version = registry.find_or_create_version(
+        model,
+        identity,
+        run_id,
+        {**(tags or {}), **_evidence_tags(evidence), "label_names": json.dumps(list(label_names))},
+        description,
+    )
+    alias, reason = registry.settle(version, promotion)
+    return {
+        "name": name,
+        "version": str(version.version),
+        "alias": alias,
+        "champion": champion,
+        "uri": f"models:/{name}/{version.version}",
+        "model_id": model.model_id,
+        "reason": reason,
+    }
+
+
+class _Registry:
+    """One registered model. Each method can be repeated after a crash."""
+
+    def __init__(self, tracker: Tracker, name: str, champion: str) -> None:
+        self._tracker, self._client = tracker, tracker.client
+        self._name, self._champion = name, champion
+        try:
+            self._client.create_registered_model(name)
+        except TrackingError as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def find_or_create_model(self, identity: str, run_id: str) -> LoggedModel:
+        """The one logged model with this identity, an output of the run. It is PENDING until its files are complete."""
+        client, tracker = self._client, self._tracker
+        with tracker.exclusive():
+            models = client.search_logged_models([tracker.experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'")
+            if models:
+                model = models[0]
+            else:
+                tags = {IDENTITY_TAG: identity}
+                model = client.create_logged_model(tracker.experiment_id, self._name, source_run_id=run_id, tags=tags)
+        outputs = client.get_run(run_id).outputs
+        if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else [])):
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return model
+
+    def upload(
+        self, model: LoggedModel, run_id: str, export: Callable[[Path, Model], None], evidence: Evidence
+    ) -> None:
+        """Writes and uploads the files of the model, which is READY afterwards."""
+        with TemporaryDirectory() as local:
+            folder = Path(local)
+            metadata = Model(
+                artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
+            )
+            export(folder, metadata)
+            (folder / ROWS_FILE).parent.mkdir()
+            np.savez_compressed(folder / ROWS_FILE, row_ids=evidence.row_ids, hits=evidence.hits)
+            self._client.log_model_artifacts(model.model_id, local)
+        self._client.finalize_logged_model(model.model_id, "READY")
+
+    def find_or_create_version(
+        self, model: LoggedModel, identity: str, run_id: str, tags: Mapping[str, str], description: str
+    ) -> ModelVersion:
+        """The one version with this identity; `tags` and `description` are those of a new one."""
+        with self._tracker.exclusive():
+            version = self._find_version(identity)
+            if version is None:
+                version = self._create_version(model, run_id, {**tags, IDENTITY_TAG: identity}, description)
+        versions = json.dumps([{"name": self._name, "version": version.version}])
+        self._client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": versions})
+        return version
+
+    def _find_version(self, identity: str) -> ModelVersion | None:
+        found = self._client.search_model_versions(f"name = '{self._name}' and tags.`{IDENTITY_TAG}` = '{identity}'")
+        return min(found, key=lambda version: int(version.version)) if found else None
+
+    def _create_version(
+        self, model: LoggedModel, run_id: str, tags: Mapping[str, str], description: str
+    ) -> ModelVersion:
+        """Creates the version together with all its tags, so that no version exists without them."""
+        versions = self._versions()
+        undecided = {number: version for number, version in versions.items() if version.tags.get(STATE) == OPEN}
+        since = min(undecided, default=max(versions, default=0) + 1)
+        # While others are undecided, one of them may hold the alias temporarily.
+        incumbent = undecided[since].tags[INCUMBENT] if undecided else str(self._holder(self._champion))
+        return self._client.create_model_version(
+            self._name,
+            # Not `models:/<model_id>`: an SQL store looks that up in the global tracking URI.
+            source=model.artifact_location,
+            run_id=run_id,
+            model_id=model.model_id,
+            tags={**tags, STATE: OPEN, SINCE: str(since), INCUMBENT: incumbent},
+            description=description,
+        )
+
+    def settle(self, version: ModelVersion, config: PromotionConfig) -> tuple[str, str]:
+        """Sets the alias by the rules; returns the alias that the version got, and the reason."""
+        client, name, number = self._client, self._name, int(version.version)
+        tags = client.get_model_version(name, version.version).tags
+        if tags[STATE] != OPEN:
+            return tags[STATE], tags[REASON]
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+        since = int(tags[SINCE])
+        candidates: dict[int, Candidate | None] = {}
+        for _ in range(MAX_TURNS):
+            holder = self._holder(self._champion)
+            versions = self._versions()
+            # A holder from before `since` was the champion before, or a person has set the alias.
+            base = holder if holder is not None and holder < since else _number(tags[INCUMBENT])
+            wanted = {key for key in versions if key >= since} | ({base} if base in versions else set())
+            for key in wanted - candidates.keys():
+                candidates[key] = _read_candidate(versions[key], self._tracker.uri)
+            contenders = [c for key in wanted - {base} if (c := candidates[key]) is not None]
+            incumbent = (candidates[base] or base) if base in versions else None
+            decision = decide(incumbent, contenders, config)
+            winner = decision.champion
+            if winner == holder:
+                break
+            client.set_registered_model_alias(name, self._champion, str(winner))
+            if versions[winner].tags.get(STATE) == CHALLENGER:  # it was decided before other versions were seen
+                self._close(winner, self._champion, decision.reasons[winner])
+        state = self._champion if winner == number else CHALLENGER
+        if state == CHALLENGER:
+            client.set_registered_model_alias(name, CHALLENGER, version.version)
+        elif self._holder(CHALLENGER) == number:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        self._close(number, state, decision.reasons[number])
+        return state, decision.reasons[number]
+
+    def _close(self, version: int, state: str, reason: str) -> None:
+        """Stores the decision. The state is set last: from then on the version counts as decided."""
+        self._client.set_model_version_tag(self._name, str(version), REASON, reason)
+        self._client.set_model_version_tag(self._name, str(version), STATE, state)
+
+    def _versions(self) -> dict[int, ModelVersion]:
+        return {int(v.version): v for v in self._client.search_model_versions(f"name = '{self._name}'")}
+
+    def _holder(self, alias: str) -> int | None:
+        """Number of the version that has the alias; None if no version has it."""
+        return _number(self._client.get_registered_model(self._name).aliases.get(alias))
+
+
+def _evidence_tags(evidence: Evidence) -> dict[str, str]:
+    return {
+        TEST_DIGEST: evidence.test_digest,
+        CALIBRATION_ERROR: repr(float(evidence.calibration_error)),
+        LATENCY: repr(float(evidence.latency_ms)),
+    }
+
+
+def _read_candidate(version: ModelVersion, tracking_uri: str) -> Candidate | None:
+    """A version with its evidence; None if it has none, because it was not registered by this module."""
+    if TEST_DIGEST not in version.tags or SINCE not in version.tags:
+        return None
+    with TemporaryDirectory() as folder:
+        path = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{version.source}/{ROWS_FILE}", dst_path=folder, tracking_uri=tracking_uri
+        )
+        with np.load(path) as rows:
+            evidence = Evidence(
+                test_digest=version.tags[TEST_DIGEST],
+                row_ids=rows["row_ids"],
+                hits=rows["hits"],
+                calibration_error=float(version.tags[CALIBRATION_ERROR]),
+                latency_ms=float(version.tags[LATENCY]),
+            )
+    return Candidate(int(version.version), evidence)
+
+
+def _number(version: str | int | None) -> int | None:
+    return None if version in (None, "None") else int(version)

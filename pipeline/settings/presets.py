@@ -1,0 +1,140 @@
+"""Named configurations of the whole pipeline, a function each; its docstring says what it trains."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from perceiver import presets as model_presets
+from perceiver.config import PerceiverConfig
+from pipeline.data.config import DatasetConfig
+from pipeline.data.sources import SOURCES
+from pipeline.settings.config import ModelConfig, PipelineConfig
+from pipeline.training.config import TrainingConfig
+from tune.config import SearchConfig
+
+
+def quickstart() -> PipelineConfig:
+    """Handwritten digits embedded in scikit-learn (1,797 images of 8 x 8): the whole pipeline in a few minutes.
+
+    python pipeline/run.py quickstart
+    """
+    return _preset(
+        "digits",
+        model_presets.quickstart(),
+        search=SearchConfig(
+            num_trials=4,
+            epochs=6,
+            num_latents=(8, 16),
+            latent_dim=(32, 64),
+            num_iterations=(1, 2),
+            num_self_attention_blocks=(1, 2),
+            weight_decay=(1e-3, 0.1),
+        ),
+        train=TrainingConfig(
+            epochs=30,
+            global_batch_size=64,
+            learning_rate=3e-3,
+            warmup_epochs=5.0,
+            weight_decay=0.01,
+            random_crop_padding=0,
+            random_flip=False,
+        ),
+    )
+
+
+def cifar100() -> PipelineConfig:
+    """CIFAR-100 with a small convolutional stem, 64 tokens and 16 latents; the search is off, the recipe is fixed.
+
+    python pipeline/run.py cifar100
+    """
+    return _preset(
+        "cifar100",
+        model_presets.cifar100(),
+        search=SearchConfig(num_trials=0),
+        train=TrainingConfig(
+            epochs=44,
+            early_stopping_patience=44,  # none: what a cosine brings, it brings at its end
+            optimizer="muon",
+            learning_rate=4e-3,
+            label_smoothing=0.1,
+            cutmix=0.5,
+            precision="mixed_bfloat16",
+        ),
+    )
+
+
+def cifar100_gpu() -> PipelineConfig:
+    """`cifar100` scaled up for one GPU; neither its accuracy nor its time is measured (docs/results.md has estimates).
+
+    python pipeline/run.py cifar100_gpu
+    """
+    recipe = cifar100().train
+    return _preset(
+        "cifar100",
+        model_presets.cifar100_gpu(),
+        search=SearchConfig(num_trials=0),
+        train=replace(
+            recipe,
+            epochs=200,
+            global_batch_size=512,
+            warmup_epochs=5.0,
+            early_stopping_patience=200,
+            num_workers=1,
+            cpus_per_worker=4.0,
+            use_gpu=True,
+        ),
+    )
+
+
+def cifar100_8gpu() -> PipelineConfig:
+    """`cifar100` scaled up for eight GPUs, on one host or several; not measured either.
+
+    python pipeline/run.py cifar100_8gpu
+    """
+    one = cifar100_gpu()
+    return _preset(
+        "cifar100",
+        model_presets.cifar100_8gpu(),
+        search=one.search,
+        train=replace(one.train, epochs=300, early_stopping_patience=300, global_batch_size=1024, num_workers=8),
+    )
+
+
+def keras_example() -> PipelineConfig:
+    """The settings of the published Keras example (53% top-1 after 40 epochs on a V100), as they are.
+
+    python pipeline/run.py keras_example
+    """
+    return _preset(
+        "cifar100",
+        model_presets.keras_example(),
+        # Adam has no weight decay, and without an output projection the latents have the width of the values.
+        search=SearchConfig(num_trials=0, latent_dim=(), weight_decay=()),
+        train=TrainingConfig(
+            epochs=50,
+            global_batch_size=64,
+            optimizer="adam",
+            learning_rate=1e-3,
+            learning_rate_schedule="plateau",
+            weight_decay=0.0,
+            random_crop_padding=0,
+            random_zoom=0.2,
+        ),
+    )
+
+
+def with_source(config: PipelineConfig, source: str) -> PipelineConfig:
+    """`config` with another data source, its image shape and classes, and no flips where they change the class."""
+    info = SOURCES[source]
+    return replace(
+        config,
+        data=replace(config.data, source=info.name),  # type: ignore[arg-type]  # a key of SOURCES
+        model=replace(config.model, image_shape=info.image_shape, num_classes=info.num_classes),
+        train=replace(config.train, random_flip=config.train.random_flip and info.flips),
+    )
+
+
+def _preset(source: str, model: PerceiverConfig, **sections: Any) -> PipelineConfig:
+    return PipelineConfig(data=DatasetConfig(source=source), model=ModelConfig(**asdict(model)), **sections)  # type: ignore[arg-type]
+
+
+PRESETS = {preset.__name__: preset for preset in (cifar100, cifar100_gpu, cifar100_8gpu, keras_example, quickstart)}

@@ -1,0 +1,100 @@
+"""The seven tasks: what each follows from, which settings decide its output, and which function does the work."""
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.data.sources import SOURCES
+from pipeline.fields import keyed
+from pipeline.settings.config import PipelineConfig
+from pipeline.tasks.steps import evaluate, ingest, preprocess, register, report, search, train
+from pipeline.workflow.task import Task
+
+
+def _is_registered_there(config: PipelineConfig, output: dict[str, Any]) -> bool:
+    wanted = (config.tracking_uri, config.tracking.model_name, config.tracking.alias)
+    return (output["tracking_uri"], output["name"], output["champion"]) == wanted
+
+
+def _trials(config: PipelineConfig) -> str:
+    if not config.search.num_trials:
+        return "nothing: the search is off"
+    workers = config.search.workers_per_trial
+    each = (
+        f"{workers} workers with {config.search.cpus_per_trial:g} CPU"
+        if workers > 1
+        else f"{config.search.cpus_per_trial:g} CPU"
+    )
+    return f"{config.search.num_trials} trials, {each} each"
+
+
+def _workers(config: PipelineConfig) -> str:
+    gpu = " and a GPU" if config.train.use_gpu else ""
+    least, most = config.train.min_workers, config.train.max_workers
+    count = f"{least}" if least == most else f"{least} to {most}"
+    return f"{count} workers, {config.train.cpus_per_worker:g} CPU{gpu} each"
+
+
+def _ingest_section(config: PipelineConfig) -> dict[str, Any]:
+    data = config.data
+    # A source without a test split gets one from the settings.
+    own_split = {} if SOURCES[data.source].test_rows else {"test_fraction": data.test_fraction, "seed": data.seed}
+    return {"source": data.source, "sha256": data.sha256} | own_split
+
+
+TASKS: tuple[Task[PipelineConfig], ...] = (
+    Task("ingest", 1, (), _ingest_section, ingest, lambda config: "1 process"),
+    Task("preprocess", 1, ("ingest",), lambda config: keyed(config.data), preprocess, lambda config: "all free CPUs"),
+    Task(
+        "search",
+        1,
+        ("preprocess",),
+        lambda config: (
+            # A trial has the search's number of epochs.
+            {
+                "model": keyed(config.model),
+                "train": keyed(replace(config.train, epochs=1)),
+                "search": keyed(config.search),
+            }
+            if config.search.num_trials
+            else {}
+        ),
+        search,
+        _trials,
+        keeps_state=True,
+    ),
+    Task(
+        "train",
+        1,
+        ("preprocess", "search"),
+        lambda config: {"model": keyed(config.model), "train": keyed(config.train)},
+        train,
+        _workers,
+        keeps_state=True,
+        stoppable=True,
+    ),
+    Task(
+        "evaluate",
+        2,
+        ("preprocess", "train"),
+        lambda config: {"evaluation": keyed(config.evaluation)},
+        evaluate,
+        lambda config: "1 process",
+    ),
+    Task(
+        "register",
+        2,
+        ("preprocess", "search", "train", "evaluate"),
+        lambda config: {},
+        register,
+        lambda config: "1 process",
+        is_current=_is_registered_there,
+    ),
+    Task(
+        "report",
+        1,
+        ("preprocess", "search", "train", "evaluate", "register"),
+        lambda config: {},
+        report,
+        lambda config: "1 process",
+    ),
+)

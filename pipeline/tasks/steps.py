@@ -1,0 +1,188 @@
+"""What each task does: a few lines that call the packages that do the work.
+
+Modules that import TensorFlow, Keras or MLflow are imported inside the functions. The driver, which only starts the
+tasks, stays quick, and a run whose tasks are all done ends in a moment.
+"""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.settings.config import PipelineConfig, flatten, trained_configs
+from pipeline.workflow import task
+
+Context = task.Context[PipelineConfig]
+MODEL_FILE, EVALUATION_FILE, REPORT_FILE = "model.keras", "evaluation.json", "report.html"
+INPUT_EXAMPLE_ROWS = 4
+
+
+def ingest(context: Context) -> dict[str, Any]:
+    from pipeline.data.ingest import ingest
+
+    return ingest(context.config.data, context.storage, context.out)
+
+
+def preprocess(context: Context) -> dict[str, Any]:
+    from pipeline.data.preprocess import preprocess
+
+    return preprocess(context.config.data, context.inputs["ingest"], context.storage, context.out)
+
+
+def search(context: Context) -> dict[str, Any]:
+    space = context.config.search_space()
+    if space is None:
+        return {"best": None, "trials": []}
+    from pipeline.tasks.search import run_search
+
+    model, _ = trained_configs(context.config, context.inputs["preprocess"])
+    return run_search(context, replace(space, model=model))
+
+
+def train(context: Context) -> dict[str, Any]:
+    from pipeline.workers.train import train
+
+    manifest = context.inputs["preprocess"]
+    model, settings = trained_configs(context.config, manifest, context.inputs["search"])
+    output = train(
+        model,
+        settings,
+        manifest,
+        context.storage,
+        state=context.state,
+        channel=context.channel,
+        initial_model=_initial_model(context) if settings.initial_model else None,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / MODEL_FILE
+        context.storage.download(f"{output.pop('checkpoint')}/{MODEL_FILE}", local)
+        return output | {"model": context.storage.upload_verified(local, f"{context.out}/{MODEL_FILE}")}
+
+
+def _initial_model(context: Context) -> str:
+    """Copies the registered model that has the initial weights to where all workers find it; its storage path."""
+    from pipeline.registry.fetch import fetch_file
+    from pipeline.registry.versions import RETRAIN_FILE
+
+    uri, path = str(context.config.train.initial_model), f"{context.state}/initial.keras"
+    with tempfile.TemporaryDirectory() as folder:
+        context.storage.upload(fetch_file(uri, context.config.tracking_uri, RETRAIN_FILE, Path(folder)), path)
+    return path
+
+
+def evaluate(context: Context) -> dict[str, Any]:
+    import io
+    import json
+
+    import keras
+    import numpy as np
+
+    import perceiver.model  # noqa: F401  registers its classes with Keras
+    from pipeline.data.ray_rows import materialize_split, to_rows
+    from pipeline.evaluation.evaluate import evaluate
+    from pipeline.evaluation.predictions import write_predictions
+
+    manifest, storage, out = context.inputs["preprocess"], context.storage, context.out
+    test, validation = (to_rows(materialize_split(manifest, split, storage)) for split in ("test", "validation"))
+    with tempfile.TemporaryDirectory() as folder:
+        model = keras.saving.load_model(_fetch_model(context, folder), compile=False)
+    found = evaluate(
+        model, test, validation, context.config.evaluation, manifest["label_names"], manifest["coarse_label_names"]
+    )
+    pictures = io.BytesIO()
+    np.savez_compressed(pictures, allow_pickle=False, **found.pictures)
+    results, calibration = found.results, found.results["calibration"]
+    return results["test"] | {
+        "per_class": results["per_class"],
+        "test_digest": manifest["splits"]["test"]["digest"],
+        "validation": results["validation"],
+        "calibration": {
+            "num_bins": calibration["num_bins"],
+            "temperature": calibration["temperature"],
+            "ece": calibration["before"]["ece"],
+            "ece_calibrated": calibration["after"]["ece"],
+            "loss_calibrated": calibration["loss_after"],
+        },
+        "latency": results["speed"],
+        "predictions": {
+            "test": write_predictions(found.test, storage, f"{out}/test.parquet"),
+            "validation": write_predictions(found.validation, storage, f"{out}/validation.parquet"),
+        },
+        "evaluation": storage.write_verified(f"{out}/{EVALUATION_FILE}", json.dumps(results).encode()),
+        "pictures": storage.write_verified(f"{out}/pictures.npz", pictures.getvalue()),
+    }
+
+
+def register(context: Context) -> dict[str, Any]:
+    from pipeline.data.shards import read_rows
+    from pipeline.data.sources import SOURCES
+    from pipeline.evaluation.predictions import read_predictions
+    from pipeline.registry.register_trained import Destination, TrainedModel, register_trained
+
+    config = context.config
+    data, trained, scores = (context.inputs[name] for name in ("preprocess", "train", "evaluate"))
+    model, settings = trained_configs(config, data, context.inputs["search"])
+    test = read_predictions(scores["predictions"]["test"], context.storage)
+    destination = Destination(
+        tracking_uri=config.tracking_uri,
+        experiment=config.tracking.experiment,
+        artifact_location=config.artifact_location,
+        model_name=config.tracking.model_name,
+        alias=config.tracking.alias,
+    )
+    example = read_rows(data["splits"]["test"]["shards"][0], context.storage)  # one shard: a few images will do
+    with tempfile.TemporaryDirectory() as folder:
+        made = TrainedModel(
+            path=_fetch_model(context, folder),
+            input_example=example.images[:INPUT_EXAMPLE_ROWS],
+            row_ids=test.row_ids,
+            hits=test.logits.argmax(axis=1) == test.labels,
+            source=config.data.source,
+            source_description=SOURCES[config.data.source].description,
+            model=model,
+            train=asdict(settings),
+            data=data,
+            trained=trained,
+            scores=scores,
+        )
+        return register_trained(made, destination, config.promotion, context.run_identity)
+
+
+def report(context: Context) -> dict[str, Any]:
+    import io
+    import json
+
+    import numpy as np
+
+    from perceiver import cost
+    from pipeline.report.render import ReportInputs, render
+
+    config, storage, inputs = context.config, context.storage, context.inputs
+    model, training = trained_configs(config, inputs["preprocess"], inputs["search"])
+    with np.load(io.BytesIO(storage.read_verified(inputs["evaluate"]["pictures"]))) as pictures:
+        report_inputs = ReportInputs(
+            title=f"Perceiver on {config.data.source}",
+            outputs=inputs,
+            seconds={name: manifest["seconds"] for name, manifest in context.manifests.items()},
+            settings=flatten(replace(config, model=model, train=training)),
+            results=json.loads(storage.read_verified(inputs["evaluate"]["evaluation"])),
+            pictures=dict(pictures),
+            parameters=cost.parameter_count(model),
+            macs_per_image=cost.macs_per_image(model),
+            workers=inputs["train"]["num_workers"],
+            cpus_per_worker=training.cpus_per_worker,
+            gpus_per_worker=int(training.use_gpu),
+            run_id=inputs["register"]["run_id"],
+        )
+    return {"report": storage.write_verified(f"{context.out}/{REPORT_FILE}", render(report_inputs).encode())}
+
+
+def _fetch_model(context: Context, folder: str) -> str:
+    """Path of a local copy of the trained model, below `folder`.
+
+    Raises:
+        CorruptFileError: if its bytes are not those that were trained.
+    """
+    local = Path(folder) / MODEL_FILE
+    context.storage.download_verified(context.inputs["train"]["model"], local)
+    return str(local)

@@ -1,0 +1,161 @@
+"""Provenance of a run: code version, packages, machine, energy and cost.
+
+The run log of the driver adds settings, seeds and the digest of the data. MLflow's own git tags lack the changes since
+the commit, without which a run from a modified checkout cannot be repeated.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("keras", "tensorflow", "ray", "mlflow", "numpy", "pyarrow", "optuna")
+LONGEST_DIFF = 1_000_000
+JOULES_PER_KWH = 3.6e6
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Provenance of the current process.
+
+    Attributes:
+        tags: Short facts, as MLflow tags.
+        texts: Contents of text artifacts by file name: `command.txt`, `packages.txt` and, if the checkout has
+            uncommitted changes, `changes.diff`.
+    """
+
+    tags: Mapping[str, str]
+    texts: Mapping[str, str]
+
+
+def collect_provenance(root: Path = ROOT) -> Provenance:
+    """Collects command, packages, Python version and machine, and commit and changes if `root` is a git checkout."""
+    tags = {f"version.{package}": importlib.metadata.version(package) for package in PACKAGES}
+    tags |= {
+        "version.python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": str(os.cpu_count()),
+        "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
+        "gpus": ", ".join(_gpus()) or "none",
+        # A URL may contain a password.
+        "command": re.sub(r"://[^/@\s]+@", "://***@", shlex.join(sys.argv)),
+    }
+    texts = {"command.txt": f"{tags['command']}\n", "packages.txt": _packages()}
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+            tags["mlflow.source.git.commit"] = _git(root, "rev-parse", "HEAD").strip()
+            changes = _git(root, "diff", "HEAD")
+            untracked = _git(root, "ls-files", "--others", "--exclude-standard").split("\n")[:-1]
+            tags["mlflow.source.git.dirty"] = str(bool(changes or untracked)).lower()
+            if changes or untracked:
+                texts["changes.diff"] = _changes(changes, untracked)
+    return Provenance(tags, texts)
+
+
+def _changes(diff: str, untracked: Sequence[str]) -> str:
+    """The diff to the commit, followed by the names of untracked files."""
+    if len(diff) > LONGEST_DIFF:
+        diff = f"{diff[:LONGEST_DIFF]}\n(cut: {len(diff):,} characters)\n"
+    return diff + "".join(f"Not in git: {name}\n" for name in untracked)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", os.fspath(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
+
+
+def _packages() -> str:
+    """All installed packages in the format of a requirements file."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Names of the GPUs as the NVIDIA driver lists them; loads no library, because that would use GPU memory."""
+    found = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in file.read_text().splitlines():
+            if line.startswith("Model:"):
+                found.append(line.partition(":")[2].strip())
+    return found
+
+
+def training_cost(
+    history: Sequence[Mapping[str, float]], cpus_per_worker: float, gpus_per_worker: int
+) -> dict[str, float]:
+    """Cost of a training over all workers: `gpu_hours` if the workers have GPUs, else `core_hours`.
+
+    Args:
+        history: `seconds` and `num_workers` of each epoch; the number of workers may change between epochs.
+    """
+    worker_hours = sum(epoch["seconds"] * epoch["num_workers"] for epoch in history) / 3600
+    if gpus_per_worker:
+        return {"gpu_hours": worker_hours * gpus_per_worker}
+    return {"core_hours": worker_hours * cpus_per_worker}
+
+
+@dataclass
+class EnergyMeter:
+    """Energy used by the processors of this host, from the kernel's RAPL counters, if they are readable.
+
+    The counters wrap around, on some machines within the hour: call `sample` more often than that.
+
+    Attributes:
+        root: Folder of the counters.
+    """
+
+    root: Path = Path("/sys/class/powercap")
+    _last: dict[Path, int] = field(default_factory=dict, repr=False)
+    _microjoules: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        self.sample()
+
+    @property
+    def kwh(self) -> float | None:
+        """Energy from construction to the last sample, in kWh; None if no counter is readable."""
+        return self._microjoules / 1e6 / JOULES_PER_KWH if self._last else None
+
+    def sample(self) -> None:
+        """Reads the counters."""
+        # Packages only (intel-rapl:0): the counter of a package includes those of its parts (intel-rapl:0:0).
+        for zone in sorted(self.root.glob("intel-rapl:[0-9]*")):
+            if zone.name.count(":") > 1:
+                continue
+            try:
+                now = int((zone / "energy_uj").read_text())
+                spent = now - self._last.get(zone, now)
+                if spent < 0:
+                    spent += int((zone / "max_energy_range_uj").read_text())
+            except (OSError, ValueError):  # on most machines only root may read it
+                continue
+            self._last[zone] = now
+            self._microjoules += spent
+
+
+def cluster_hardware(nodes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Host name and resources of each node that is alive, from the output of `ray.nodes()`."""
+    kept = ("CPU", "GPU", "memory")
+    return [
+        {"host": node["NodeManagerHostname"], **{name: node["Resources"].get(name, 0) for name in kept}}
+        for node in nodes
+        if node["Alive"]
+    ]

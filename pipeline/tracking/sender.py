@@ -1,0 +1,141 @@
+"""A thread that sends the records of an outbox to the tracking server, until the server has accepted them."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.storage import Storage
+from pipeline.tracking.outbox import Outbox, Record, Unsent
+from pipeline.tracking.tracker import Tracker, is_transient
+
+# Seconds between attempts to reach a server that does not answer: doubled from the first to the longest.
+FIRST_WAIT, LONGEST_WAIT = 0.25, 5.0
+
+
+class Sender:
+    """Records on disk, and sends the records in order on a thread of its own.
+
+    Records are sent at least once. `Tracker` compares them with what the server has, so that each takes effect once. A
+    server that does not answer is retried for as long as the driver lives. A record that the server refuses is set
+    aside, so that it does not block those after it.
+
+    Args:
+        open_tracker: Returns a new tracker. Called on the thread, until it succeeds.
+        storage: Storage of the run.
+        identity: Unique id of the run; the same when the run is restarted.
+        name: Name of the pipeline's MLflow run, if the run has to be created.
+        tracker: An open tracker to start with.
+    """
+
+    def __init__(
+        self,
+        open_tracker: Callable[[], Tracker],
+        storage: Storage,
+        identity: str,
+        name: str,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self._open, self._storage, self._identity, self._name = open_tracker, storage, identity, name
+        self._outbox = Outbox(storage, identity)
+        self._tracker = tracker
+        self._run_ids: dict[str, str] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._refused, self._reason = 0, ""
+        # A daemon thread, because a call to a server that hangs returns only after its timeout.
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow id of the pipeline's run; None until the server has been reached."""
+        return self._run_ids.get("")
+
+    def record(self, record: Record) -> None:
+        """Writes the record to the outbox and returns; the thread sends it later."""
+        with self._changed:
+            self._outbox.record(record)
+            self._changed.notify()
+
+    def close(self, timeout: float) -> Unsent | None:
+        """Waits at most `timeout` seconds until all records are sent; returns what is left, or None."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        with self._changed:
+            unsent = Unsent(len(self._outbox), self._outbox.unwritten, self._refused, self._outbox.path, self._reason)
+        return unsent if unsent.waiting or unsent.refused else None
+
+    def _work(self) -> None:
+        wait, refused = FIRST_WAIT, False
+        while (record := self._first()) is not None:
+            try:
+                self._send(record)
+            except Exception as error:
+                self._reason = f"{type(error).__name__}: {error}"
+                if self._tracker is None or is_transient(error):
+                    time.sleep(wait)
+                    wait = min(2 * wait, LONGEST_WAIT)
+                    continue
+                if not refused:  # the run may have been deleted on the server: look it up, or create it, once more
+                    self._tracker, refused = None, True
+                    self._run_ids.clear()
+                    continue
+                with self._changed:
+                    self._refused += 1
+                    self._outbox.refuse_first()
+            else:
+                with self._changed:
+                    self._outbox.remove_first()
+            wait, refused = FIRST_WAIT, False
+
+    def _first(self) -> Record | None:
+        """Waits for the next record to send; None when the sender is closing and all records are sent."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._outbox) or self._closing)
+            return self._outbox.first()
+
+    def _send(self, record: Record) -> None:
+        if self._tracker is None:
+            self._tracker = self._open()
+        _log(record, self._tracker, self._run_id(record.run), self._storage)
+        if record.status and record.run:
+            del self._run_ids[record.run]
+
+    def _run_id(self, run: str) -> str:
+        """MLflow id of a run, which is created if it does not exist, as are its parents."""
+        assert self._tracker is not None
+        if run not in self._run_ids:
+            parent, _, name = run.rpartition("/")
+            self._run_ids[run] = self._tracker.find_or_create_run(
+                name or self._name,
+                f"{self._identity}/{run}" if run else self._identity,
+                self._run_id(parent) if run else None,
+            )
+        return self._run_ids[run]
+
+
+def _log(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> None:
+    """Logs all parts of a record to the MLflow run `run_id`. Safe to repeat."""
+    if record.params:
+        tracker.log_params(run_id, record.params)
+    if record.tags:
+        tracker.set_tags(run_id, record.tags)
+    if record.history:
+        tracker.log_history(run_id, record.history)
+    if record.metrics:
+        tracker.log_metrics(run_id, record.metrics)
+    for path, text in record.texts.items():
+        tracker.log_text(run_id, text, path)
+    for path, stored in record.files.items():
+        folder, _, name = path.rpartition("/")
+        with TemporaryDirectory() as local:
+            storage.download(stored, Path(local) / name)
+            tracker.log_file(run_id, Path(local) / name, folder or None)
+    if record.dataset:
+        tracker.log_dataset(run_id, **record.dataset)
+    if record.status:
+        tracker.finish(run_id, record.status)

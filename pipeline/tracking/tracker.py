@@ -1,0 +1,269 @@
+"""Runs in MLflow. Calls are idempotent: a repeated call adds no second run, parameter, metric, artifact or data set.
+
+This is the only module that creates an `MlflowClient`, always with an explicit URI. It uses neither MLflow's active run
+nor its global tracking URI, so MLFLOW_RUN_ID and similar environment variables have no effect. Calls that a restarted
+driver repeats are safe: a run has the tag `pipeline.identity`, and is looked up by it before it is created.
+"""
+
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient, MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+
+TrackingError = MlflowException  # so that other packages need not import MLflow
+T = TypeVar("T")
+IDENTITY_TAG = "pipeline.identity"
+# MLflow reads these from the environment only, at each call. Values that the user has set take precedence.
+ENVIRONMENT = {
+    # By default, a call to a server that does not answer is retried for four minutes. Callers here retry themselves.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints two lines for every run that ends
+}
+RETRY_SECONDS = 2.0
+# Error codes of MLflow that the same call will always get.
+REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+
+
+def open_client(uri: str | None) -> MlflowClient:
+    """Client of the tracking store and the model registry at `uri`; its calls fail soon if a server does not answer."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class TrackingUnavailable(RuntimeError):
+    """The tracking store has not answered for too long."""
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request."""
+    if isinstance(error, MlflowException):
+        return error.error_code not in REFUSALS
+    return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
+
+
+def retry_transient(call: Callable[[], T], uri: str, seconds: float) -> T:
+    """Calls `call`, which must be idempotent, until it succeeds; returns its result.
+
+    Args:
+        uri: Tracking URI for the error message.
+        seconds: How long transient errors are retried.
+
+    Raises:
+        TrackingUnavailable: If the store has not answered by then.
+        Exception: Any other error of `call`, at once.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if time.monotonic() > end:
+                raise TrackingUnavailable(
+                    f"tracking.uri = {uri} has not answered for {seconds:.0f} s: once it does, run the same command to "
+                    f"continue from here ({error})"
+                ) from error
+            time.sleep(RETRY_SECONDS)
+
+
+class Tracker:
+    """Runs of one experiment.
+
+    Args:
+        uri: Tracking and registry URI, e.g. `sqlite:////runs/mlflow.db` or `http://host:5000`.
+        experiment: Name of the experiment, which is created if it does not exist.
+        artifact_location: Where a new experiment keeps its artifacts; None leaves it to the server. For an SQLite store
+            always give one: MLflow's default is a folder in the working directory.
+
+    Raises:
+        ValueError: If the experiment was deleted.
+        MlflowException: If the store does not answer.
+    """
+
+    def __init__(self, uri: str, experiment: str, artifact_location: str | None = None) -> None:
+        self.uri = uri
+        self._lock: Path | None = None
+        if uri.startswith("sqlite:///"):
+            database = Path(uri.removeprefix("sqlite:///"))
+            database.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = database.with_name(f"{database.name}.lock")
+        with self.exclusive():
+            self.client = open_client(uri)
+            found = self.client.get_experiment_by_name(experiment)
+            if found is None:
+                try:
+                    self.client.create_experiment(experiment, artifact_location)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has just created it
+                        raise
+                found = self.client.get_experiment_by_name(experiment)
+        assert found is not None
+        if found.lifecycle_stage != "active":
+            raise ValueError(
+                f"tracking.experiment = {experiment!r} was deleted from {uri}; choose another name or run "
+                f"`mlflow experiments restore -x {found.experiment_id}`"
+            )
+        self.experiment_id: str = found.experiment_id
+        self._steps: dict[tuple[str, str], set[int]] = {}
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Lets one process at a time into the block if the store is an SQLite file; does nothing for a server.
+
+        It is not reentrant. MLflow creates its tables without a lock, and tags are not unique. The operating system
+        releases the lock when its process ends, even if it is killed.
+        """
+        with open(self._lock, "a") if self._lock else nullcontext() as lock:
+            if lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def find_run(self, identity: str) -> str | None:
+        """Id of the run with this identity, whatever its status; None if there is none."""
+        runs = self.client.search_runs(
+            [self.experiment_id],
+            f"tags.`{IDENTITY_TAG}` = '{identity}'",
+            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+            max_results=1,
+        )
+        return runs[0].info.run_id if runs else None
+
+    def existing_run(self, identity: str) -> str:
+        """Id of the run with this identity.
+
+        Raises:
+            TrackingUnavailable: If there is none yet: the record that creates it may still be in the driver's outbox.
+        """
+        run_id = self.find_run(identity)
+        if run_id is None:
+            raise TrackingUnavailable(f"the run {identity} has not been recorded yet")
+        return run_id
+
+    def find_or_create_run(self, name: str, identity: str, parent_run_id: str | None = None) -> str:
+        """Id of the one run with this identity, in status RUNNING. A run that exists keeps its name and parent."""
+        with self.exclusive():
+            run_id = self.find_run(identity)
+            if run_id is None:
+                identifying = {
+                    IDENTITY_TAG: identity,
+                    "mlflow.source.name": os.path.basename(sys.argv[0]) or "python",
+                    "mlflow.source.type": "LOCAL",
+                    "mlflow.user": os.environ.get("USER") or str(os.getuid()),
+                }
+                if parent_run_id:
+                    identifying["mlflow.parentRunId"] = parent_run_id
+                created = self.client.create_run(self.experiment_id, tags=identifying, run_name=name).info.run_id
+                # A server has no lock: if several drivers created a run at the same time, all of them keep the oldest.
+                run_id = self.find_run(identity) or created
+                if run_id != created:
+                    self.client.delete_run(created)
+            elif self.client.get_run(run_id).info.status != "RUNNING":
+                self.client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Sets tags; values are truncated to MLflow's limit."""
+        entities = [RunTag(key, str(value)[:MAX_TAG_VAL_LENGTH]) for key, value in tags.items()]
+        self.client.log_batch(run_id, tags=entities, synchronous=True)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        """Logs flat parameters; values are truncated to MLflow's limit.
+
+        MLflow's parameters are immutable. If one was logged with another value, the new value becomes the tag
+        `changed.<name>`: for example, a resumed run may have another number of workers.
+        """
+        logged = self.client.get_run(run_id).data.params
+        values = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
+        new = [Param(key, value) for key, value in values.items() if key not in logged]
+        self.client.log_batch(run_id, params=new, synchronous=True)
+        changed = {key: value for key, value in values.items() if logged.get(key, value) != value}
+        self.set_tags(run_id, {f"changed.{key}": value for key, value in changed.items()})
+
+    def log_history(self, run_id: str, history: Sequence[Mapping[str, float]]) -> None:
+        """Logs the metrics of epochs. Steps that a metric already has are skipped, so a whole history may be repeated.
+
+        Args:
+            history: One mapping per epoch: `epoch`, its 1-based number, which becomes the step; optionally `timestamp`
+                (seconds since 1970); all other items are metrics, which may be NaN or infinite.
+        """
+        now = time.time()
+        metrics = []
+        for row in history:
+            step, timestamp = int(row["epoch"]), int(1000 * row.get("timestamp", now))
+            for key in row.keys() - {"epoch", "timestamp"}:
+                if step not in self._logged_steps(run_id, key):
+                    metrics.append(Metric(key, float(row[key]), timestamp, step))
+        try:
+            self.client.log_batch(run_id, metrics=metrics, synchronous=True)
+        except Exception:
+            for metric in metrics:  # the server may have stored some of them: ask it again
+                self._steps.pop((run_id, metric.key), None)
+            raise
+        for metric in metrics:
+            self._steps[run_id, metric.key].add(metric.step)
+
+    def _logged_steps(self, run_id: str, key: str) -> set[int]:
+        if (run_id, key) not in self._steps:
+            self._steps[run_id, key] = {metric.step for metric in self.client.get_metric_history(run_id, key)}
+        return self._steps[run_id, key]
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Logs final values at step 0; a metric that already has the same value is skipped."""
+        logged = self.client.get_run(run_id).data.metrics
+        changed = {key: float(value) for key, value in metrics.items() if not _same(logged.get(key), float(value))}
+        now = int(1000 * time.time())
+        entities = [Metric(key, value, now, 0) for key, value in changed.items()]
+        self.client.log_batch(run_id, metrics=entities, synchronous=True)
+
+    def log_text(self, run_id: str, text: str, path: str) -> None:
+        self.client.log_text(run_id, text, path)
+
+    def log_file(self, run_id: str, file: str | Path, folder: str | None = None) -> None:
+        self.client.log_artifact(run_id, os.fspath(file), folder)
+
+    def log_dataset(
+        self, run_id: str, name: str, digest: str, source: str, context: str, profile: Mapping[str, Any] | None = None
+    ) -> None:
+        """Adds a data set to the inputs of the run.
+
+        Args:
+            name: Name of the data set.
+            digest: SHA-256 in hex. MLflow's digest field holds its first 36 characters, the tag `dataset.sha256` all.
+            source: Path or URI of the data.
+            context: What the data are used for, e.g. `training`.
+            profile: Summary of the data, e.g. the number of rows.
+        """
+        scheme = urlsplit(source).scheme
+        is_web = scheme in ("http", "https")
+        dataset = Dataset(
+            name=name,
+            digest=digest[:36],
+            source_type="http" if is_web else scheme.replace("file", "local") or "local",
+            source=json.dumps({"url" if is_web else "uri": source}),
+            profile=json.dumps(dict(profile or {})),
+        )
+        tags = [InputTag("mlflow.data.context", context), InputTag("sha256", digest)]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+        self.set_tags(run_id, {"dataset.sha256": digest})
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Ends a run with the status FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(run_id, status)
+
+
+def _same(logged: float | None, value: float) -> bool:
+    return logged is not None and (logged == value or (math.isnan(logged) and math.isnan(value)))

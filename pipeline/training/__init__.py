@@ -1,0 +1,15 @@
+"""One worker's training, without Ray: batches, optimizer, `fit`, checkpoints and throughput.
+
+config.py             `TrainingConfig`
+worker.py             `Worker`: rank, reports, stop request; imports no TensorFlow
+fit.py                trains a model as one worker
+recorder.py           the callback that reports epochs and writes checkpoints
+batches.py            which rows a worker trains on at which step
+augmentation.py       random crops, flips and zooms, CutMix
+input_pipeline.py     `tf.data` datasets of the batches
+optimization.py       loss, metrics, optimizer and learning-rate schedule
+muon.py               the Muon optimizer, for convolutions too
+checkpoint.py         what a training needs to continue, as files
+checkpoint_store.py   commits checkpoints to storage, and verifies them when they are read
+throughput.py         measures a step: images/s, waiting time, share of the matmul peak
+"""

@@ -1,0 +1,155 @@
+"""Trains a Perceiver as one worker: `fit`, the same function for a trial, for one worker and for many.
+
+It does not depend on Ray. A `Worker` says how it reports, from which checkpoint it continues and how it is stopped.
+"""
+
+import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from perceiver.config import PerceiverConfig
+from perceiver.cost import macs_per_image
+from perceiver.model import Perceiver
+from pipeline import multiworker
+from pipeline.data.rows import Rows
+from pipeline.training import checkpoint
+from pipeline.training.batches import steps_per_epoch
+from pipeline.training.checkpoint import TrainingState
+from pipeline.training.config import TrainingConfig
+from pipeline.training.input_pipeline import training_dataset, validation_dataset
+from pipeline.training.optimization import PLATEAU_FACTOR, Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
+from pipeline.training.recorder import Recorder
+from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
+from pipeline.training.worker import InitialModelError, Worker
+
+MODEL_FILE = "model.keras"
+
+
+def fit(model_config: PerceiverConfig, config: TrainingConfig, train: Rows, validation: Rows, worker: Worker) -> None:
+    """Trains to the end and passes the results to `worker.report`. If the checkpoint is final, it reports nothing.
+
+    The report of an epoch has its metrics and a checkpoint. The metrics are `epoch`, `loss`, `accuracy`,
+    `top5_accuracy`, the same three with `val_`, `learning_rate`, `seconds`, `checkpoint_seconds`, `num_workers`,
+    `images_per_second` and those of `StepClock.metrics`. `config.checkpoint_every_steps` adds checkpoints within an
+    epoch. The last checkpoint also holds `model.keras`, the model with the weights of the epoch that had the lowest
+    validation loss.
+
+    Args:
+        model_config: Model settings with the pixel statistics of the data.
+        config: Training settings.
+        train: All training rows; this worker takes its share of every global batch.
+        validation: All validation rows; this worker takes its share of every batch.
+        worker: Rank, reports, and the checkpoint from which the training continues.
+
+    Raises:
+        Interrupted: after a stop was requested and a checkpoint was reported.
+        NotFinite: if the loss is NaN or infinite; names epoch and step.
+        InitialModelError: if the initial weights are those of another model.
+        CheckpointError: if a checkpoint could not be written; names the path.
+        ValueError: if the checkpoint belongs to another order of rows.
+    """
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.precision)
+    strategy = _strategy(config, worker)
+    stop = multiworker.StopSignal()  # after the strategy, which must come before all of TensorFlow's operations
+    worker.on_stop(stop.request)
+    steps = steps_per_epoch(len(train), config.global_batch_size)
+    with strategy.scope():
+        model = Perceiver(**asdict(model_config))
+        model.build((None, *model_config.image_shape))
+        model.compile(
+            optimizer=optimizer(config, model, steps),
+            loss=SmoothedCrossEntropy(config.label_smoothing),
+            metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
+            jit_compile=config.jit_compile,
+        )
+        if worker.initial_model and not worker.resume_from:
+            _set_initial_weights(model, worker.initial_model, config)
+        order = [config.seed, config.global_batch_size, len(train)]
+        progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else TrainingState(order=order)
+    if progress.order != order:
+        raise ValueError(
+            f"the checkpoint is of a training with seed, global batch size and rows {progress.order}, this one has "
+            f"{order}: epoch {progress.epoch}, step {progress.step} is another place there; train from the start"
+        )
+    if progress.finished:
+        return
+    peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
+    clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
+    # TensorFlow refuses to look at the clock in a step that has to be deterministic.
+    multiworker.enable(model, stop, None if config.deterministic else clock.note)
+
+    stopping: list[keras.callbacks.Callback] = [
+        keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)
+    ]
+    if config.learning_rate_schedule == "plateau":
+        stopping.append(
+            keras.callbacks.ReduceLROnPlateau(
+                monitor="val_loss", factor=PLATEAU_FACTOR, patience=config.plateau_patience
+            )
+        )
+    recorder = Recorder(config, worker, stop, progress, stopping, clock, steps)
+    callbacks = [*stopping, clock, *([] if worker.rank else [StepReporter(clock, worker.on_step, steps)]), recorder]
+    evaluated = validation_dataset(
+        validation, config.global_batch_size, rank=worker.rank, num_workers=worker.num_workers
+    )
+    validation_data = multiworker.distribute(evaluated, strategy)
+    while not recorder.progress.finished:
+        # An epoch that was cut off in the middle has fewer steps left than the others, so it needs a `fit` of its own.
+        steps_left = steps - progress.step
+        until = config.epochs if progress.step == 0 else progress.epoch + 1
+        batches = training_dataset(
+            train,
+            config,
+            model_config.num_classes,
+            rank=worker.rank,
+            num_workers=worker.num_workers,
+            epoch=progress.epoch,
+            step=progress.step,
+        )
+        model.fit(
+            multiworker.distribute(batches, strategy),
+            initial_epoch=progress.epoch,
+            epochs=until,
+            steps_per_epoch=steps_left,
+            validation_data=validation_data,
+            validation_steps=math.ceil(len(validation) / config.global_batch_size),
+            callbacks=callbacks,
+            shuffle=False,  # the batches are in the epoch's order
+            verbose=0,
+        )
+    if worker.rank:
+        worker.report(progress.history[-1], None)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), model, progress)
+        if worker.keep_model:
+            final = Perceiver(**asdict(model_config))
+            final.build((None, *model_config.image_shape))
+            final.set_weights(progress.best_weights)
+            final.save(Path(folder) / MODEL_FILE)
+        worker.report(progress.history[-1], Path(folder))
+
+
+def _set_initial_weights(model: Perceiver, file: Path, config: TrainingConfig) -> None:
+    initial = keras.saving.load_model(file, compile=False)
+    if [tuple(w.shape) for w in initial.weights] != [tuple(w.shape) for w in model.weights]:
+        raise InitialModelError(
+            f"train.initial_model = {config.initial_model} is another model than the one to be trained, "
+            f"{initial.count_params():,} against {model.count_params():,} parameters: give the model settings with "
+            "which it was trained"
+        )
+    model.set_weights(initial.get_weights())
+
+
+def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:
+    if worker.num_workers == 1:
+        return tf.distribute.get_strategy()
+    communication = tf.distribute.experimental.CommunicationImplementation
+    implementation = communication.NCCL if config.use_gpu else communication.AUTO
+    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)

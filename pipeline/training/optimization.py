@@ -1,0 +1,101 @@
+"""Loss, metrics, optimizer and learning-rate schedule that a `TrainingConfig` names.
+
+The loss and the metrics take integer labels as well as the class shares of mixed images; those of Keras take one or the
+other, and Keras smooths one-hot labels alone.
+"""
+
+import re
+
+import keras
+from keras import ops
+
+from pipeline.training.config import TrainingConfig
+from pipeline.training.muon import Muon
+
+SGD_MOMENTUM = 0.9
+PLATEAU_FACTOR = 0.2
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Softmax cross-entropy of logits (B, K) with label smoothing (Szegedy et al., 2016).
+
+    The truth is either integer labels (B,) or, for mixed images, the share of each class (B, K).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, name: str = "cross_entropy", **kwargs: object) -> None:
+        super().__init__(name=name, **kwargs)
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true, y_pred):  # type: ignore[no-untyped-def]
+        num_classes = y_pred.shape[-1]
+        if y_true.shape[1:] == (num_classes,):
+            targets = ops.cast(y_true, y_pred.dtype)
+        else:
+            targets = ops.one_hot(ops.cast(ops.reshape(y_true, (-1,)), "int32"), num_classes, dtype=y_pred.dtype)
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_classes
+        return ops.categorical_crossentropy(targets, y_pred, from_logits=True)
+
+    def get_config(self) -> dict[str, object]:
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+
+
+class _TakesShares:
+    """Lets a sparse metric take class shares too; the label of a mixed image is that of its larger part."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):  # type: ignore[no-untyped-def]
+        if y_true.shape[1:] == (y_pred.shape[-1],):
+            y_true = ops.argmax(y_true, axis=-1)
+        super().update_state(y_true, y_pred, sample_weight)  # type: ignore[misc]  # the other base class
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class Accuracy(_TakesShares, keras.metrics.SparseCategoricalAccuracy):
+    """Share of rows whose label has the highest logit.
+
+    Of equal logits the first counts, whereas `TopKAccuracy(1)` counts each as a hit.
+    """
+
+
+@keras.saving.register_keras_serializable(package="pipeline")
+class TopKAccuracy(_TakesShares, keras.metrics.SparseTopKCategoricalAccuracy):
+    """Share of rows whose label is among the k highest logits."""
+
+
+def learning_rate(
+    config: TrainingConfig, steps_per_epoch: int
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """The learning rate, or its schedule over all steps of the training."""
+    if config.learning_rate_schedule != "cosine":
+        return config.learning_rate
+    total = config.epochs * steps_per_epoch
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    return keras.optimizers.schedules.CosineDecay(
+        initial_learning_rate=0.0 if warmup else config.learning_rate,
+        decay_steps=total - warmup,
+        warmup_target=config.learning_rate if warmup else None,
+        warmup_steps=warmup,
+    )
+
+
+def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """The optimizer of a built `model`; its weight decay, if any, acts on kernels only (Loshchilov & Hutter, 2019)."""
+    rate = learning_rate(config, steps_per_epoch)
+    decay = config.weight_decay or None
+    if config.optimizer == "adam":
+        return keras.optimizers.Adam(rate)
+    if config.optimizer == "sgd":
+        made = keras.optimizers.SGD(rate, momentum=SGD_MOMENTUM, weight_decay=decay)
+    elif config.optimizer == "muon":
+        # Keras uses Muon for every 2-D variable. Latents and positions are embeddings, though, and the kernel of the
+        # logits is a classifier, for which Jordan et al. (2024) advise against it.
+        kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(model.logits.kernel)}
+        others = [f"^{re.escape(v.path)}$" for v in model.trainable_variables if id(v) not in kernels]
+        made = Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
+    elif config.optimizer == "lamb":
+        made = keras.optimizers.Lamb(rate, weight_decay=decay)
+    else:
+        made = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
+    if made.weight_decay:
+        made.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if v.name != "kernel"])
+    return made

@@ -1,0 +1,44 @@
+"""Trains as one worker in the calling process: a trial of the search, or one Ray Train worker."""
+
+import os
+
+from perceiver.config import PerceiverConfig
+from pipeline.data.rows import Rows
+from pipeline.training.config import TrainingConfig
+from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
+from pipeline.workflow.task import StoppedEarly
+
+
+class TrainingError(RuntimeError):
+    """The training cannot succeed if it is tried again."""
+
+
+def train_in_process(
+    model: PerceiverConfig, config: TrainingConfig, train: Rows, validation: Rows, worker: Worker
+) -> None:
+    """Trains as `worker` in this process, on `config.cpus_per_worker` CPUs; see `pipeline.training.fit.fit`.
+
+    Raises:
+        StoppedEarly: after a stop request.
+        TrainingError: if the loss became NaN or infinite, or the initial weights do not fit the model.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Imported here, since processes that only start workers do without TensorFlow.
+    import tensorflow as tf
+
+    from pipeline.training.fit import fit
+
+    # Ray sets no threads for TensorFlow, which would take all cores of the host for every worker.
+    threads = max(1, int(config.cpus_per_worker))
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    for device in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(device, True)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    try:
+        fit(model, config, train, validation, worker)
+    except Interrupted as error:
+        raise StoppedEarly from error
+    except (InitialModelError, NotFinite) as error:
+        raise TrainingError(str(error)) from error

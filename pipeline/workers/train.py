@@ -1,0 +1,243 @@
+"""Training on several workers with Ray Train: `train` starts it, `train_loop_per_worker` is what each worker runs."""
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from perceiver.config import PerceiverConfig
+from pipeline.data.ray_rows import materialize_split, to_rows
+from pipeline.storage import Storage
+from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
+from pipeline.training.config import TrainingConfig
+from pipeline.training.worker import EpochEnded, Worker
+from pipeline.workers import ray_internals
+from pipeline.workers.in_process import TrainingError, train_in_process
+from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError
+from pipeline.workflow.channel import Channel
+from pipeline.workflow.task import StoppedEarly
+
+# How often a worker group that cannot start (no room, a broken environment) is tried.
+MAX_START_FAILURES = 3
+# Interval at which Ray's controller asks the workers: a death, a report and the end are noticed that much later.
+POLL_SECONDS = 0.5
+# Interval at which the size of an elastic worker group is compared with what the cluster has.
+RESIZE_SECONDS = 30.0
+# How long an elastic group waits for resources that Ray reports as free; groups of a fixed size wait Ray's own 60 s.
+ELASTIC_START_SECONDS = 20.0
+
+
+def train(
+    model: PerceiverConfig,
+    config: TrainingConfig,
+    manifest: dict[str, Any],
+    storage: Storage,
+    *,
+    state: str,
+    channel: Channel,
+    initial_model: str | None = None,
+) -> dict[str, Any]:
+    """Trains `model` on the workers that `config` asks for; continues from the last checkpoint below `state`, if any.
+
+    Args:
+        model: Model settings with the pixel statistics of the data.
+        config: Training settings.
+        manifest: Output of `preprocess`.
+        storage: Where the shards are and the checkpoints go.
+        state: Storage prefix of the checkpoints; the same for all attempts.
+        channel: Gets `EpochEnded` and `StepProgress` events; its stop request ends the training with a checkpoint.
+        initial_model: Storage path of the `.keras` file with the initial weights, if any.
+
+    Returns:
+        `history` (metrics of every epoch), `images_per_second` (median over the epochs), `epochs`, `best_epoch`,
+        `num_workers` (those that trained last) and `checkpoint`, the storage path of a folder that holds `model.keras`.
+
+    Raises:
+        CorruptShardError: if a shard is not what the manifest says.
+        StoppedEarly: after a stop request.
+        TrainingError: if the loss became NaN or infinite, or if workers died or could not start too often.
+    """
+    ray_internals.check_ray()
+    os.environ.setdefault(ray_internals.POLL_SECONDS_VARIABLE, str(POLL_SECONDS))
+    start_failures = MAX_START_FAILURES
+    if config.min_workers < config.max_workers:
+        # Ray learns late that a host is gone, and first waits for room on it: one start that fails for each host lost.
+        os.environ.setdefault(ray_internals.START_SECONDS_VARIABLE, str(ELASTIC_START_SECONDS))
+        start_failures += config.max_failures
+    store = CheckpointStore(storage, f"{state}/checkpoints", config.checkpoints_kept)
+    trainer = DataParallelTrainer(
+        train_loop_per_worker=train_loop_per_worker,
+        train_loop_config={
+            "model": asdict(model),
+            "train": asdict(config),
+            "channel": channel,
+            "store": store,
+            "initial_model": (storage, initial_model) if initial_model else None,
+        },
+        backend_config=TensorFlowConfig(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
+            use_gpu=config.use_gpu,
+            # Over the hosts, whose cores and memory they would share; GPUs of one host reach one another faster.
+            placement_strategy="PACK" if config.use_gpu else "SPREAD",
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray-train",
+            storage_path=storage.absolute(state),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.max_failures,
+                controller_failure_limit=start_failures,  # type: ignore[call-arg]
+            ),
+        ),
+        # Every worker sees all rows and takes its share of each global batch by rank: which rows a step trains on then
+        # does not depend on the number of workers, and no row is dropped to make shards equal.
+        datasets={split: materialize_split(manifest, split, storage) for split in ("train", "validation")},
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(_why(error, config)) from error
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+    checkpoint = store.path(outcome["checkpoint"])
+    progress = storage.read_json(f"{checkpoint}/{STATE_FILE}")
+    if not progress["finished"]:
+        raise StoppedEarly
+    history = progress["history"]
+    return {
+        "history": history,
+        "epochs": len(history),
+        "best_epoch": min(history, key=lambda epoch: epoch["val_loss"])["epoch"],
+        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
+        "num_workers": outcome["num_workers"],
+        "checkpoint": checkpoint,
+    }
+
+
+def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs.
+
+    Of an elastic group as many workers train as divide the global batch; the others stand by.
+
+    Args:
+        settings: `model` and `train` (plain dicts), `channel`, `store` and `initial_model` (storage and path, or None).
+
+    Returns:
+        `num_workers` that trained and the name of the last `checkpoint`; or `error`, if another try would fail too.
+    """
+    context = ray.train.get_context()
+    config = TrainingConfig(**settings["train"])
+    channel: Channel = settings["channel"]
+    store: CheckpointStore = settings["store"]
+    rank, num_workers = context.get_world_rank(), config.usable_workers(context.get_world_size())
+    some_stand_by = num_workers < context.get_world_size()
+    newest: str | None = None
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        nonlocal newest
+        if folder is not None:
+            newest = store.commit(folder, metrics["epoch"], metrics.get("step", 0), metrics.get("val_loss", math.inf))
+        if "loss" in metrics:
+            if some_stand_by:
+                broadcast_from_rank_zero(True)
+            ray.train.report(metrics)
+            if rank == 0:
+                channel.report(EpochEnded(metrics))
+
+    is_preempted = ray_internals.preemption_watch()
+
+    def on_stop(request: Callable[[], None]) -> None:
+        channel.on_stop(request)
+        threading.Thread(target=_wait_for_preemption, args=(is_preempted, request), daemon=True).start()
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        # Rank 0 looks for the newest one, so that all workers continue from the same.
+        newest = broadcast_from_rank_zero((store.restore_newest(checkpoint) if rank == 0 else None,))[0]
+        if rank >= num_workers:
+            _stand_by()
+            return {}
+        if rank and newest and not store.restore(newest, checkpoint):
+            raise WorkerError(f"the checkpoint {store.path(newest)} has not arrived whole at worker {rank}")
+        initial = Path(folder) / "initial.keras" if settings["initial_model"] and not newest else None
+        if initial:
+            storage, path = settings["initial_model"]
+            storage.download(path, initial)
+        _leave_out_the_rest(num_workers)
+        error, preempted = None, False
+        try:
+            train_in_process(
+                PerceiverConfig(**settings["model"]),
+                config,
+                to_rows(ray.train.get_dataset_shard("train")),
+                to_rows(ray.train.get_dataset_shard("validation")),
+                Worker(
+                    report=report,
+                    rank=rank,
+                    num_workers=num_workers,
+                    resume_from=checkpoint if newest else None,
+                    initial_model=initial,
+                    on_stop=on_stop,
+                    on_step=channel.report,
+                ),
+            )
+        except StoppedEarly:
+            preempted = is_preempted()
+        except TrainingError as failure:
+            error = str(failure)  # raising would start the workers again, only to fail again
+    if some_stand_by:
+        broadcast_from_rank_zero(False)
+    if preempted:
+        raise WorkerError("a host of the workers is about to be taken away; the checkpoint of the last step is whole")
+    return {"error": error} if error else {"num_workers": num_workers, "checkpoint": newest}
+
+
+def _wait_for_preemption(is_preempted: Callable[[], bool], request: Callable[[], None]) -> None:
+    """Calls `request` once Ray has noticed that a host of the workers is about to be taken away."""
+    while not is_preempted():
+        time.sleep(POLL_SECONDS)
+    request()
+
+
+def _stand_by() -> None:
+    """Reports as often as the workers that train, as Ray Train wants of all."""
+    while broadcast_from_rank_zero(None):
+        ray.train.report({})
+
+
+def _leave_out_the_rest(num_workers: int) -> None:
+    """Takes those that stand by off the list of workers that TensorFlow waits for."""
+    tf_config = json.loads(os.environ["TF_CONFIG"])
+    tf_config["cluster"]["worker"] = tf_config["cluster"]["worker"][:num_workers]
+    os.environ["TF_CONFIG"] = json.dumps(tf_config)
+
+
+def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
+    """The failure that explains the others: when one worker fails, its peers lose their connection to it."""
+    if ray_internals.start_timed_out(getattr(error, "controller_failure", None)):
+        free = ray.available_resources()
+        return (
+            f"the workers did not start in time: train.num_workers = {config.min_workers} with train.cpus_per_worker = "
+            f"{config.cpus_per_worker:g}{' and a GPU each' if config.use_gpu else ''} found no room, of "
+            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free now: wait until there are more, "
+            "or take fewer workers; the same command goes on from the last checkpoint"
+        )
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
+    explained = [str(cause) for cause in causes if isinstance(cause, (CheckpointError, WorkerError))]
+    return explained[0] if explained else str(error)

@@ -1,0 +1,118 @@
+"""The tasks of a run in storage: their keys, and which of them are done.
+
+    tasks/<name>/<key>/manifest.json         written last: writing it is the commit, since an object store has no rename
+    tasks/<name>/<key>/attempt-<run>-<id>/   what one attempt wrote; the manifest names the attempt that counts
+    tasks/<name>/<key>/state/                what outlives an attempt that was cut off, such as checkpoints
+    runs/<key>.json                          the unique id of the run
+    drivers/<key>/                           which driver works at the run or at a task with a state; see `lease.py`
+
+A task's key is the SHA-256 of its name, its version, the settings that decide its output and the keys of its inputs, so
+that all keys are known before anything runs. A task whose manifest is in storage is done, for every later run too.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic
+
+from pipeline.storage import Storage
+from pipeline.workflow.task import C, Manifest, Task
+
+
+@dataclass(frozen=True)
+class Run(Generic[C]):
+    """Tasks with one configuration in one storage.
+
+    Attributes:
+        tasks: All tasks, in an order that puts inputs first; the last one follows from all others.
+        config: Configuration of the run.
+        storage: Where the outputs and manifests are.
+    """
+
+    tasks: tuple[Task[C], ...]
+    config: C
+    storage: Storage
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Key of each task by name."""
+        keys: dict[str, str] = {}
+        for task in self.tasks:
+            parts = {
+                "task": task.name,
+                "version": task.version,
+                "section": task.section(self.config),
+                "inputs": {name: keys[name] for name in task.inputs},
+            }
+            keys[task.name] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return keys
+
+    @property
+    def key(self) -> str:
+        """Key of the run: that of its last task, which all settings decide."""
+        return self.keys[self.tasks[-1].name]
+
+    def home(self, task: str) -> str:
+        """Storage prefix of a task."""
+        return f"tasks/{task}/{self.keys[task]}"
+
+    def until(self, task: str | None) -> tuple[Task[C], ...]:
+        """The tasks up to and including this one; all of them if it is None."""
+        names = [each.name for each in self.tasks]
+        return self.tasks[: names.index(task) + 1] if task else self.tasks
+
+    def following(self, names: Iterable[str]) -> set[str]:
+        """`names` and the names of all tasks that follow from them, directly or not."""
+        found = set(names)
+        for task in self.tasks:
+            if found & set(task.inputs):
+                found.add(task.name)
+        return found
+
+    def preceding(self, name: str) -> set[str]:
+        """Names of all tasks from which this one follows, directly or not."""
+        found = {name}
+        for task in reversed(self.tasks):
+            if task.name in found:
+                found |= set(task.inputs)
+        return found - {name}
+
+    def done(self) -> dict[str, Manifest]:
+        """Manifests of the tasks that need not run: they are committed and current, and so is all they follow from."""
+        found: dict[str, Manifest] = {}
+        for task in self.tasks:
+            if all(name in found for name in task.inputs) and (manifest := self.committed(task)):
+                found[task.name] = manifest
+        return found
+
+    def committed(self, task: Task[C]) -> Manifest | None:
+        """The manifest of a task; None if there is none, or its output is not what this configuration asks for."""
+        path = self.manifest_path(task.name)
+        if not self.storage.exists(path):
+            return None
+        manifest = self.storage.read_json(path)
+        return manifest if task.is_current(self.config, manifest["output"]) else None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Deletes the manifests of these tasks and the states that they left; the run gets a new identity."""
+        for name in names:
+            self.storage.delete(self.manifest_path(name))  # first: half of a tree is then no finished task
+            self.storage.delete(self.home(name))
+        self.storage.delete(self._identity_path)
+
+    def identity(self) -> str:
+        """Unique id of the run; made at the first call, and the same until a task of the run is forgotten."""
+        if not self.storage.exists(self._identity_path):
+            self.storage.write_json(self._identity_path, {"identity": uuid.uuid4().hex})
+        return self.storage.read_json(self._identity_path)["identity"]
+
+    def manifest_path(self, task: str) -> str:
+        """Storage path of the manifest of a task."""
+        return f"{self.home(task)}/manifest.json"
+
+    @property
+    def _identity_path(self) -> str:
+        return f"runs/{self.key}.json"

@@ -1,0 +1,53 @@
+"""The events of a run that are recorded, in a real SQLite store."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.driver import run_log
+from pipeline.driver.run_log import RunLog
+from pipeline.settings.presets import quickstart
+from pipeline.training.worker import EpochEnded, StepProgress
+from pipeline.workflow.task import Stopped
+
+
+def test_epochs_are_recorded_and_steps_are_not(tmp_path: Path) -> None:
+    config = replace(quickstart(), storage=str(tmp_path))
+    with RunLog(config, "identity", "quickstart") as log:
+        log.reported(StepProgress(1, 3, steps=20, images_per_second=450.0, loss=2.5, accuracy=0.1))
+        log.reported(EpochEnded({"epoch": 1, "loss": 2.0, "mfu": 0.25}))
+    client = MlflowClient(config.tracking_uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["quickstart", "train"]
+    assert runs["train"].data.metrics.items() >= {"loss": 2.0, "mfu": 0.25}.items()
+
+
+def test_what_a_dead_server_would_get_waits_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_log, "FLUSH_SECONDS_OF_A_STOP", run_log.QUIET_SECONDS)
+    config = replace(quickstart(), storage=str(tmp_path))
+    config = replace(config, tracking=replace(config.tracking, uri="http://127.0.0.1:9"))
+    log = RunLog(config, "identity", "quickstart")
+    log.started("train")
+    history = [{"epoch": 1, "loss": 2.0, "seconds": 36.0, "num_workers": 2, "images_per_second": 100.0}]
+    log.reported(EpochEnded(history[0]))
+    output = {"history": history, "images_per_second": 100.0}
+    log.done("train", {"key": "k", "seconds": 40.0, "output": output})
+    log.started("evaluate")
+    with pytest.raises(Stopped), log:
+        raise Stopped(15)
+    assert log.run_id is None
+    assert log.unsent is not None
+    assert "lie in" in str(log.unsent)
+    entries = [json.loads(file.read_text()) for file in sorted((tmp_path / "tracking" / "identity").glob("*.json"))]
+    assert len(entries) == log.unsent.waiting
+    assert [entry["run"] for entry in entries if entry["status"]] == ["train", "evaluate", ""]
+    assert [entry["status"] for entry in entries if entry["status"]] == ["FINISHED", "KILLED", "KILLED"]
+    (cost,) = (entry["metrics"]["core_hours"] for entry in entries if "core_hours" in entry["metrics"])
+    assert cost == pytest.approx(0.02)
+    timestamps = [row["timestamp"] for entry in entries for row in entry["history"] if "timestamp" in row]
+    assert timestamps, "the time of an epoch is when it ended, not when the server was back"

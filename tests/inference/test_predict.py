@@ -1,0 +1,173 @@
+"""Batch inference with a real MLflow model over Ray Data: every row once, errors reported, jobs resumed."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from image_models import IMAGE_SHAPE, LABEL_NAMES, expected_probabilities, register_model, save_model
+from PIL import Image
+from rich.console import Console
+
+from pipeline.inference.job import PredictOptions, predict
+from pipeline.registry.fetch import fetch, registered_uris, resolve
+from pipeline.storage import Storage
+
+ROOT = Path(__file__).parents[2]
+BROKEN = (2, 30, 31)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    return folder, save_model(folder)
+
+
+@pytest.fixture(scope="module")
+def registry(model_folder: tuple[Path, list[np.ndarray]], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tracking URI of a registry with that model as version 1 of `tiny`, the champion."""
+    tracking_uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    register_model(model_folder[0], tracking_uri, "tiny")
+    return tracking_uri
+
+
+def write_images(folder: Path, count: int, broken: tuple[int, ...]) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (count, *IMAGE_SHAPE), dtype=np.uint8)
+    folder.mkdir()
+    for number, image in enumerate(images):
+        data = io.BytesIO()
+        Image.fromarray(image).save(data, "PNG")
+        content = data.getvalue()
+        (folder / f"{number:05d}.png").write_bytes(content[:50] if number in broken else content)
+    return images
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_folder_of_images_by_the_registered_model(
+    model_folder: tuple[Path, list[np.ndarray]], registry: str, tmp_path: Path
+) -> None:
+    """Runs a job; a second command on its output does nothing or is refused."""
+    _, weights = model_folder
+    images, output = write_images(tmp_path / "images", 50, BROKEN), tmp_path / "output"
+    options = PredictOptions(
+        "models:/tiny@champion",
+        str(tmp_path / "images"),
+        str(output),
+        registry,
+        part_rows=16,
+        batch_size=7,
+        num_actors=1,
+    )
+    console = silent()
+    summary = predict(options, console)
+    assert (summary["parts"], summary["rows"], summary["errors"], summary["new_rows"]) == (4, 50, 3, 50)
+    assert isinstance(console.file, io.StringIO)
+    assert "50 of 50 images" in console.file.getvalue()
+    assert "3 cannot be read" in console.file.getvalue()
+    table = pq.read_table(output)
+    assert table["row_id"].to_pylist() == list(range(50))
+    assert table["name"].to_pylist() == [f"{number:05d}.png" for number in range(50)]
+    errors = table["error"].to_pylist()
+    assert tuple(i for i, error in enumerate(errors) if error) == BROKEN
+    for column in ("class_name", "class_index", "probabilities"):
+        assert tuple(i for i, value in enumerate(table[column].to_pylist()) if value is None) == BROKEN
+    right = [i for i in range(50) if i not in BROKEN]
+    expected = expected_probabilities(images, weights)[right]
+    np.testing.assert_allclose(np.array([table["probabilities"][i].as_py() for i in right]), expected, atol=1e-5)
+    assert [table["class_name"][i].as_py() for i in right] == [LABEL_NAMES[k] for k in expected.argmax(axis=1)]
+
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+    assert predict(options, silent())["new_rows"] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")} == before
+
+    other = PredictOptions(**vars(options) | {"batch_size": 8})
+    with pytest.raises(ValueError, match=r"results of another settings.*give another folder"):
+        predict(other, silent())
+    Image.new("RGB", (6, 8)).save(tmp_path / "images" / "00007.png")
+    with pytest.raises(ValueError, match="results of another input"):
+        predict(options, silent())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        predict(PredictOptions(**vars(options) | {"output": str(tmp_path / "full")}), silent())
+
+
+def test_the_uri_of_a_model(model_folder: tuple[Path, list[np.ndarray]], registry: str, tmp_path: Path) -> None:
+    folder, tracking_uri = model_folder[0], registry
+    for uri in ("models:/tiny@champion", "models:/tiny", "models:/tiny/1"):
+        assert resolve(uri, tracking_uri) == "models:/tiny/1"
+    assert resolve(str(folder), None) == str(folder)
+    assert registered_uris(tracking_uri) == {"models:/tiny/1"}
+    model = fetch("models:/tiny", tracking_uri, tmp_path)
+    assert (model.uri, model.image_shape, model.label_names) == ("models:/tiny/1", IMAGE_SHAPE, tuple(LABEL_NAMES))
+    assert model.uuid == fetch(str(folder), None, tmp_path).uuid
+    for uri in ("models:/tiny/2", "models:/tiny@other", "models:/none/1"):
+        with pytest.raises(ValueError, match=f"model = '{uri}' is not in sqlite"):
+            resolve(uri, tracking_uri)
+    with pytest.raises(ValueError, match="give models:/NAME/VERSION"):
+        resolve("tiny", tracking_uri)
+    with pytest.raises(ValueError, match="give --tracking-uri"):
+        resolve("models:/tiny/1", None)
+
+
+def test_a_command_with_a_bad_argument_fails_at_once(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.predict",
+        str(tmp_path),
+        str(tmp_path / "nothing"),
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"error: input = '{tmp_path / 'nothing'}': no such file or folder"
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_resumed(model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path) -> None:
+    """Killed half-way, with ten broken images, a job gives the same bytes as without interruption."""
+    folder, _ = model_folder
+    broken = tuple(range(5, 3000, 300))
+    assert len(broken) == 10
+    write_images(tmp_path / "images", 3000, broken)
+
+    def start(output: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pipeline.predict", str(folder), str(tmp_path / "images"), str(output)]
+        return subprocess.Popen([*command, "--part-rows", "20"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    job = start(killed)
+    while len(list(killed.glob("*.parquet"))) < 10:
+        assert job.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    os.kill(job.pid, signal.SIGKILL)
+    job.communicate()
+    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.parquet")}
+    assert 10 <= len(done) < 150
+    (killed / "part-000149.parquet.0.tmp").write_text("half of a file, as a killed process leaves it")
+    again = start(killed)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0
+    assert "3,000 images done, 10 of them could not be read" in said
+    assert all((killed / name).stat().st_mtime_ns == time for name, time in done.items()), "done once"
+    other = start(whole)
+    other.communicate(timeout=200)
+    files = sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in killed.iterdir()) == files
+    assert all((killed / name).read_bytes() == (whole / name).read_bytes() for name in files)
+    table = pq.read_table(killed)
+    assert sorted(table["row_id"].to_pylist()) == list(range(3000))
+    errors = dict(zip(table["row_id"].to_pylist(), table["error"].to_pylist(), strict=True))
+    assert tuple(sorted(row for row, error in errors.items() if error)) == broken
+    assert Storage(str(killed)).read_json("_done.json") == {"parts": 150, "rows": 3000, "errors": 10}

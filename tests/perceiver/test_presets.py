@@ -1,0 +1,83 @@
+"""Presets: parameter counts of the papers, and no defect of the published example except in `keras_example`."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import pytest
+
+from perceiver import Perceiver, PerceiverConfig, presets
+from perceiver.cost import macs_per_image, parameter_count
+
+PRESETS: dict[str, Callable[[], PerceiverConfig]] = {
+    name: value
+    for name, value in vars(presets).items()
+    if inspect.isfunction(value) and value.__module__ == presets.__name__ and not inspect.signature(value).parameters
+}
+FIXED = {name: preset for name, preset in PRESETS.items() if name != "keras_example"}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (presets.perceiver_io_imagenet(), 48_440_627),
+        (presets.paper_imagenet(), 44_912_254),
+        (replace(presets.paper_imagenet(), share_first_latent_transformer=False), 82_722_430),
+        (replace(presets.paper_imagenet(), share_weights=False), 326_241_856),
+        (presets.keras_example(), 9_697_637),
+    ],
+    ids=["Perceiver IO", "paper", "first latent transformer unshared", "nothing shared", "Keras example"],
+)
+def test_parameters_are_the_published_ones(config: PerceiverConfig, parameters: int) -> None:
+    """`test_cost.py` compares the closed form with built models for the same kinds of sharing."""
+    assert parameter_count(config) == parameters
+
+
+@pytest.mark.parametrize("preset", [presets.keras_example, presets.perceiver_io_imagenet])
+def test_built_model_has_as_many(preset: Callable[[], PerceiverConfig]) -> None:
+    model = Perceiver(**asdict(preset()))
+    model.build()
+    assert model.count_params() == parameter_count(preset())
+
+
+def test_imagenet_models_apply_48_self_attends() -> None:
+    """Shared repetitions do not change the parameter count, but they change the multiply-accumulates."""
+    n, d = 512, 1024
+    one = n * (4 * d * d + 2 * n * d + 2 * d * d)
+    for preset in (presets.paper_imagenet(), presets.perceiver_io_imagenet()):
+        fewer = replace(preset, num_self_attention_blocks=5)
+        assert macs_per_image(preset) - macs_per_image(fewer) == 8 * one
+        assert preset.data_width == 261
+
+
+def test_imagenet_presets_attend_to_the_image_eight_times_and_once() -> None:
+    assert presets.paper_imagenet().cross_attend_order == (0, 1, 1, 1, 1, 1, 1, 1)
+    assert presets.perceiver_io_imagenet().cross_attend_order == (0,)
+    assert presets.perceiver_io_imagenet().head == "query"
+
+
+@pytest.mark.parametrize("preset", FIXED.values(), ids=FIXED)
+def test_no_defect_of_the_published_example(preset: Callable[[], PerceiverConfig]) -> None:
+    config = preset()
+    assert config.residual == "input"
+    assert config.cross_attention_scale == "inverse_sqrt"
+    assert config.cross_attention_output_projection
+    assert config.self_qk_dim == config.latent_dim  # the heads divide the width among them
+    assert config.logits_dropout == 0
+    assert config.resize_to is None
+
+
+def test_fixed_example_is_as_large_as_the_published_one() -> None:
+    fixed, example = presets.keras_example_fixed(), presets.keras_example()
+    assert fixed.num_inputs == example.num_inputs == 1024
+    assert fixed.data_width == example.data_width
+    for name in ("num_latents", "latent_dim", "num_iterations", "num_self_attention_blocks", "head_hidden_dim"):
+        assert getattr(fixed, name) == getattr(example, name)
+    assert fixed.self_qk_dim // fixed.num_self_attention_heads == 32
+    assert macs_per_image(example) > 4 * macs_per_image(fixed)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_docstring_states_the_cost(preset: Callable[[], PerceiverConfig]) -> None:
+    cost = f"{parameter_count(preset()):,} parameters, {macs_per_image(preset()) / 1e6:,.1f} MMAC an image"
+    assert cost in str(preset.__doc__)

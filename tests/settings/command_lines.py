@@ -1,0 +1,39 @@
+"""Helpers of the tests of the command line: parse arguments, or run them in a process."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.settings.command_line import parse
+from pipeline.settings.config import PipelineConfig
+
+ROOT = Path(__file__).parents[2]
+BORDER = re.compile(r"(?:[│╭╮╰╯─|+\s]|-{3,})+")  # of Unicode or of ASCII
+
+
+def config_of(*argv: str) -> PipelineConfig:
+    return parse(argv)[1].config
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message to which `argv` leads, on one line."""
+    try:
+        parse(argv)
+    except ValueError as error:
+        return str(error)
+    except SystemExit:  # with code 2, as the tests below see from outside
+        return BORDER.sub(" ", capsys.readouterr().err)
+    pytest.fail(f"{argv} is not refused")
+
+
+def run(*argv: object, **variables: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """`python pipeline/run.py` with `argv`, and the seconds that it took."""
+    start = time.monotonic()
+    command = [sys.executable, "pipeline/run.py", *map(str, argv)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables, timeout=60)
+    return result, time.monotonic() - start

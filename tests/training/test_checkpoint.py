@@ -1,0 +1,147 @@
+"""The content of checkpoints; a damaged one is never restored."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from pipeline.storage import Storage
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import TrainingState
+from pipeline.training.checkpoint_store import COMMIT_FILE, CheckpointError, CheckpointStore
+
+DISK_BYTES = 2 << 20  # size of `small_disk`
+
+
+@pytest.fixture(params=["folder", "mock"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """`mock` takes the code paths of an object store."""
+    return Storage({"folder": str(tmp_path / "runs"), "mock": "mock:///bucket/runs"}[request.param])
+
+
+def written(folder: Path, content: str, size: int = 1000) -> Path:
+    """A folder with the files of a checkpoint."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "weights").write_bytes(content.encode() * size)
+    (folder / "state.json").write_text(content)
+    return folder
+
+
+def committed(storage: Storage, store: CheckpointStore, folder: Path, *positions: tuple[int, int]) -> list[str]:
+    return [store.commit(written(folder, f"{epoch}-{step}"), epoch, step) for epoch, step in positions]
+
+
+def newest(store: CheckpointStore, target: Path) -> str | None:
+    """Content of the checkpoint from which a training would continue."""
+    return (target / "state.json").read_text() if store.restore_newest(target) else None
+
+
+def test_the_newest_checkpoint_is_restored(storage: Storage, tmp_path: Path) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=2)
+    assert store.restore_newest(tmp_path / "target") is None
+    committed(storage, store, tmp_path / "made", (1, 0), (1, 90), (1, 100))
+    assert newest(store, tmp_path / "target") == "1-100"
+    committed(storage, store, tmp_path / "made", (10, 0))
+    assert newest(store, tmp_path / "target") == "10-0"
+    assert sorted(file.name for file in (tmp_path / "target").iterdir()) == [COMMIT_FILE, "state.json", "weights"]
+
+
+def cut(storage: Storage, path: str) -> None:
+    storage.write_bytes(path, storage.read_bytes(path)[:-2])
+
+
+def flip(storage: Storage, path: str) -> None:
+    data = bytearray(storage.read_bytes(path))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes(path, bytes(data))
+
+
+@pytest.mark.parametrize("file", ["weights", "state.json", COMMIT_FILE])
+@pytest.mark.parametrize("damage", [cut, flip, Storage.delete])
+def test_a_damaged_checkpoint_is_skipped(
+    storage: Storage, file: str, damage: Callable[[Storage, str], None], tmp_path: Path
+) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=2)
+    names = committed(storage, store, tmp_path / "made", (1, 0), (2, 0))
+    damage(storage, f"{store.path(names[1])}/{file}")
+    assert not store.restore(names[1], tmp_path / "target")
+    assert newest(store, tmp_path / "target") == "1-0"
+    # It does not count among those that are kept.
+    committed(storage, store, tmp_path / "made", (1, 5))
+    assert [name[:16] for name in storage.list("checkpoints")] == ["000001-000000000", "000001-000000005"]
+
+
+def test_the_last_and_the_best_are_kept(storage: Storage, tmp_path: Path) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=2)
+    for epoch, score in enumerate([0.5, 0.2, 0.3, 0.4], start=1):
+        store.commit(written(tmp_path / "made", str(epoch)), epoch, 0, score)
+    for step in (1, 2, 3):
+        store.commit(written(tmp_path / "made", "within"), 4, step)
+    kept = [tuple(int(part) for part in name.split("-")[:2]) for name in storage.list("checkpoints")]
+    assert kept == [(2, 0), (4, 2), (4, 3)]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_intact(small_disk: Path, tmp_path: Path) -> None:
+    store = CheckpointStore(Storage(str(small_disk / "runs")), "checkpoints", kept=2)
+    store.commit(written(tmp_path / "made", "1-0"), 1, 0)
+    with pytest.raises(CheckpointError, match=rf"{small_disk}/runs/checkpoints/000002-000000000-\w+ .*No space left"):
+        store.commit(written(tmp_path / "made", "2-0", size=DISK_BYTES), 2, 0)
+    assert newest(store, tmp_path / "target") == "1-0"
+    store.commit(written(tmp_path / "made", "2-0"), 2, 0)
+    assert newest(store, tmp_path / "target") == "2-0"
+
+
+def made_model(policy: str, units: int = 4) -> keras.Model:
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(units, dtype=keras.DTypePolicy(policy))(inputs))
+    with_scale = keras.optimizers.AdamW(0.1)
+    model.compile(
+        optimizer=keras.optimizers.LossScaleOptimizer(with_scale) if policy == "mixed_float16" else with_scale,
+        loss="mse",
+        jit_compile=False,
+    )
+    return model
+
+
+def test_a_full_temporary_folder_is_named(small_disk: Path) -> None:
+    model = made_model("float32", units=DISK_BYTES // 4)
+    with pytest.raises(CheckpointError, match=rf"the checkpoint {small_disk} could not be written"):
+        checkpoint.save(small_disk, model, TrainingState())
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_a_checkpoint_holds_all_that_training_changes(policy: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)).astype(np.float32), np.zeros((8, 4), np.float32)
+    model = made_model(policy)
+    model.fit(x, y, epochs=3, verbose=0)
+    model.fit(x * 1e30, y, epochs=1, verbose=0) if policy == "mixed_float16" else None  # lowers the loss scale
+    model.optimizer.learning_rate = 0.01
+    state = TrainingState(
+        epoch=3,
+        step=2,
+        history=[{"epoch": 1, "val_loss": 0.5}],
+        callbacks={"EarlyStopping": {"wait": 2.0, "best": 0.5}},
+        best_weights=model.get_weights(),
+        metrics=[np.array(1.5)],
+        order=[0, 8, 8],
+    )
+    checkpoint.save(tmp_path, model, state)
+    other = made_model(policy)
+    found = checkpoint.load(tmp_path, other)
+    for variable, expected in zip(other.variables, model.variables, strict=True):
+        np.testing.assert_array_equal(variable, expected, err_msg=variable.path)
+    for variable, expected in zip(other.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(variable, expected, err_msg=variable.path)
+    if policy == "mixed_float16":
+        scale = model.optimizer.dynamic_scale.numpy()
+        assert other.optimizer.dynamic_scale.numpy() == scale < model.optimizer.initial_scale
+    for name in ("epoch", "step", "finished", "history", "callbacks", "order"):
+        assert getattr(found, name) == getattr(state, name)
+    for name in ("best_weights", "metrics"):
+        for value, expected in zip(getattr(found, name), getattr(state, name), strict=True):
+            np.testing.assert_array_equal(value, expected)

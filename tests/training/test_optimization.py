@@ -1,0 +1,118 @@
+"""Loss, metrics, optimizers and learning-rate schedules."""
+
+from dataclasses import asdict, replace
+from typing import Literal
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tiny_perceivers import TINY
+
+from perceiver import Perceiver
+from pipeline.training.config import TrainingConfig
+from pipeline.training.muon import Muon
+from pipeline.training.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, learning_rate, optimizer
+
+OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
+CONFIG = TrainingConfig(learning_rate=0.1, learning_rate_schedule="constant", weight_decay=0.5)
+
+
+def small_perceiver() -> Perceiver:
+    model = Perceiver(**asdict(TINY["conv"]))
+    model.build()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"),
+    [("adamw", True), ("sgd", True), ("lamb", True), ("muon", True), ("adam", False)],
+    ids=lambda value: str(value),
+)
+def test_weight_decay_acts_on_kernels_alone(
+    name: Literal["adam", "adamw", "lamb", "muon", "sgd"], decays: bool
+) -> None:
+    model = small_perceiver()
+    model.set_weights([np.ones(weight.shape) for weight in model.weights])
+    config = replace(CONFIG, optimizer=name, weight_decay=0.5 if decays else 0.0)
+    made = optimizer(config, model, steps_per_epoch=10)
+    variables = model.trainable_variables
+    made.apply([tf.zeros(variable.shape) for variable in variables], variables)
+    for variable in variables:
+        # Without a gradient, only the decay moves a weight: w - learning rate * decay * w.
+        expected = 0.95 if decays and variable.name == "kernel" else 1.0
+        np.testing.assert_allclose(variable, np.full(variable.shape, expected), rtol=1e-6, err_msg=variable.path)
+
+
+def test_muon_is_for_the_matrices_and_convolutions_within_the_model() -> None:
+    """Muon's step is (nearly) orthogonal, that of Adam has, at first, the learning rate in every element."""
+    model = small_perceiver()
+    made = optimizer(replace(CONFIG, optimizer="muon", weight_decay=0.0), model, steps_per_epoch=10)
+    variables, random = model.trainable_variables, np.random.default_rng(0)
+    before = [variable.numpy() for variable in variables]
+    made.apply([tf.constant(random.normal(size=v.shape), v.dtype) for v in variables], variables)
+    muons = []
+    for variable, value in zip(variables, before, strict=True):
+        step = (value - variable.numpy()) / 0.1
+        if np.allclose(np.abs(step), 1, atol=0.05):
+            continue
+        muons.append(variable)
+        step = step.reshape(-1, step.shape[-1])
+        singular = np.linalg.svd(step / (0.2 * np.sqrt(max(step.shape))), compute_uv=False)
+        assert 0.6 < singular.min() <= singular.max() < 1.3, variable.path
+    kernels = [v for v in variables if v.name == "kernel" and v is not model.logits.kernel]
+    assert {v.ndim for v in kernels} == {2, 4}
+    assert [v.path for v in muons] == [v.path for v in kernels], "not the latents, nor the classifier"
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 48), (48, 24)])
+def test_muon_orthogonalises_as_that_of_keras(shape: tuple[int, int]) -> None:
+    matrix = tf.constant(np.random.default_rng(0).normal(size=shape), "float32")
+    found, expected = (
+        np.asarray(kind(0.1).zeropower_via_newtonschulz5(matrix, 5)) for kind in (Muon, keras.optimizers.Muon)
+    )
+    kernel = tf.reshape(matrix, (2, 2, -1, shape[1]))
+    np.testing.assert_array_equal(
+        tf.reshape(Muon(0.1).zeropower_via_newtonschulz5(kernel, 5), shape), found, "as a convolution's kernel"
+    )
+    assert found.dtype == expected.dtype
+    cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert cosine > 0.998
+    assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(expected), rel=0.05)
+
+
+def test_smoothing_is_that_of_one_hot_labels() -> None:
+    random = np.random.default_rng(0)
+    labels, logits = random.integers(0, 5, 7), random.normal(size=(7, 5)).astype("float32")
+    for smoothing in (0.0, 0.2):
+        expected = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+        found = SmoothedCrossEntropy(smoothing)
+        for truth in (np.eye(5)[labels], random.dirichlet(np.ones(5), 7).astype("float32")):
+            np.testing.assert_allclose(found(truth, logits), expected(truth, logits), rtol=1e-6)
+        np.testing.assert_allclose(found(labels, logits), expected(np.eye(5)[labels], logits), rtol=1e-6)
+    assert SmoothedCrossEntropy.from_config(SmoothedCrossEntropy(0.2).get_config()).label_smoothing == 0.2
+
+
+def test_of_a_mixed_image_the_larger_part_is_the_label() -> None:
+    logits = np.array([[3, 2, 1, 0], [0, 1, 2, 3], [3, 2, 1, 0]], "float32")
+    targets = np.array([[0.7, 0.3, 0, 0], [0, 0, 0.6, 0.4], [0.4, 0, 0, 0.6]], "float32")
+    for truth in (targets, np.array([0, 2, 3])):
+        for metric, expected in ((Accuracy(), 1 / 3), (TopKAccuracy(2), 2 / 3), (TopKAccuracy(4), 1)):
+            metric.update_state(truth, logits)
+            assert float(metric.result()) == pytest.approx(expected)
+
+
+def test_equal_logits_are_no_accuracy() -> None:
+    metric = Accuracy()
+    metric.update_state(np.arange(4), np.zeros((4, 4), "float32"))
+    assert float(metric.result()) == 0.25
+
+
+def test_cosine_warms_up_and_ends_at_zero() -> None:
+    config = replace(CONFIG, learning_rate_schedule="cosine", epochs=4, warmup_epochs=1.0)
+    rate = learning_rate(config, steps_per_epoch=10)
+    rates = [float(rate(step)) for step in range(41)]  # type: ignore[operator]
+    np.testing.assert_allclose(rates[:11], np.linspace(0, 0.1, 11), atol=1e-7)
+    np.testing.assert_allclose(rates[25], 0.05, atol=1e-7)
+    np.testing.assert_allclose(rates[40], 0, atol=1e-7)
+    assert learning_rate(CONFIG, steps_per_epoch=10) == 0.1

@@ -1,0 +1,175 @@
+"""The record of a search: one small JSON file per trial, from which a search that was cut off continues.
+
+Ray Tune's own snapshots are not used: they are written every few seconds, and a trial that a snapshot missed runs again
+under another name. Here a trial keeps its number, and its file is written before it starts and when it has ended.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+from perceiver.cost import parameter_count
+from tune.config import SearchConfig
+from tune.space import Sample, Space, gflops_per_image, to_model
+
+OBJECTIVE = "val_accuracy"
+SCORE = "score"
+Status = Literal["running", "finished", "stopped early", "failed"]
+
+
+class Store(Protocol):
+    """Storage of JSON files. Paths are relative and use forward slashes."""
+
+    def exists(self, path: str) -> bool: ...
+
+    def list(self, path: str) -> list[str]: ...
+
+    def read_json(self, path: str) -> Any: ...
+
+    def write_json(self, path: str, value: Any) -> None: ...
+
+
+@dataclass
+class Trial:
+    """One trial.
+
+    Attributes:
+        name: e.g. `trial-0007`; the same when the search is restarted.
+        values: value of every searched dimension, by name.
+        gflops: GFLOPs per image, forward pass.
+        parameters: number of parameters of the model.
+        status: `running` until the trial has ended.
+        error: the reason of a failure, on one line.
+        history: metrics of each completed epoch, with its number (from 1) as `epoch`.
+        started: time of the start, in seconds since 1970.
+        ended: time of the end, in seconds since 1970; None while the trial runs.
+    """
+
+    name: str
+    values: Sample
+    gflops: float
+    parameters: int
+    status: Status = "running"
+    error: str | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+    ended: float | None = None
+
+    @classmethod
+    def of(cls, name: str, values: Sample, space: Space) -> "Trial":
+        model = to_model(values, space.model)
+        return cls(name, values, gflops_per_image(model), parameter_count(model))
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Trial":
+        """The trial with the fields in `row`; other entries of `row` are ignored."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    @property
+    def best_value(self) -> float | None:
+        """Highest validation accuracy of any epoch; None if no epoch has a finite one."""
+        values = [row[OBJECTIVE] for row in self.history if math.isfinite(row[OBJECTIVE])]
+        return max(values, default=None)
+
+    @property
+    def epochs(self) -> int:
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+    def add_epoch(self, metrics: Mapping[str, Any]) -> bool:
+        """Adds the metrics of an epoch. Returns False if it is known: a resumed trial reports its epochs once more."""
+        if metrics["epoch"] <= self.epochs:
+            return False
+        self.history.append({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)})
+        return True
+
+    def end(self, status: Status, error: str | None = None) -> None:
+        self.status, self.error, self.ended = status, error, time.time()
+
+
+def score(value: float, gflops: float, settings: SearchConfig) -> float:
+    """The value that the search maximizes: the validation accuracy, or a negative number beyond the cost limit.
+
+    The further a model is beyond the limit, the lower it scores, and always lower than a model within it. TPE compares
+    ranks only, so this acts as a constraint.
+    """
+    limit = settings.cost_limit_gflops
+    return value if limit is None or gflops <= limit else 1 - gflops / limit
+
+
+def best_of(trials: Iterable[Trial], settings: SearchConfig) -> Trial | None:
+    """The trial with the highest accuracy within the cost limit; None if no trial has a value."""
+    limit = settings.cost_limit_gflops or math.inf
+    candidates = [trial for trial in trials if trial.best_value is not None and trial.gflops <= limit]
+    return max(candidates, key=lambda trial: (trial.best_value, trial.epochs), default=None)
+
+
+def seconds_left(trials: Sequence[Trial], num_trials: int, concurrent: int) -> float | None:
+    """Estimated remaining time of a search, from the mean duration of the trials that have ended.
+
+    Args:
+        trials: the trials that have started.
+        num_trials: number of trials of the whole search.
+        concurrent: number of trials that run at the same time.
+
+    Returns:
+        None until a trial has ended.
+    """
+    now, durations = time.time(), [trial.ended - trial.started for trial in trials if trial.ended is not None]
+    if not durations:
+        return None
+    mean = sum(durations) / len(durations)
+    running = sum(max(0.0, mean - (now - trial.started)) for trial in trials if trial.ended is None)
+    return (running + mean * max(0, num_trials - len(trials))) / concurrent
+
+
+class Journal:
+    """The stored trials of a search, and those that it takes over from earlier searches.
+
+        <folder>/trial-0007.json            a trial
+        <folder>/earlier.json               the trials taken over
+        <folder>/death-of-trial-0007.json   why the process of a trial ended itself
+
+    Args:
+        store: storage of the files.
+        folder: folder of this search.
+        others: folders of comparable searches: those with the same data, recipe and number of epochs.
+    """
+
+    def __init__(self, store: Store, folder: str, others: Sequence[str] = ()) -> None:
+        self.store, self.folder, self._others = store, folder, others
+
+    def trials(self) -> list[Trial]:
+        """The trials of this search, in the order in which they started."""
+        return self._read(self.folder)
+
+    def write(self, trial: Trial) -> None:
+        self.store.write_json(f"{self.folder}/{trial.name}.json", asdict(trial))
+
+    def earlier(self, space: Space) -> list[Trial]:
+        """Trials of other searches that had ended when this search started, and that belong to `space`.
+
+        They are stored at the first call, so that a restarted search uses the same ones.
+        """
+        path = f"{self.folder}/earlier.json"
+        if not self.store.exists(path):
+            ended = [trial for other in self._others for trial in self._read(other) if trial.status != "running"]
+            self.store.write_json(path, [asdict(trial) for trial in ended if space.contains(trial.values)])
+        return [Trial.from_dict(row) for row in self.store.read_json(path)]
+
+    def write_death(self, trial: str, reason: str) -> None:
+        """Stores the reason for which the process of a trial is about to end itself."""
+        self.store.write_json(self._death_path(trial), reason)
+
+    def death(self, trial: str) -> str | None:
+        """The reason for which the process of a trial has ended itself; None if it has not."""
+        path = self._death_path(trial)
+        return self.store.read_json(path) if self.store.exists(path) else None
+
+    def _death_path(self, trial: str) -> str:
+        return f"{self.folder}/death-of-{trial}.json"
+
+    def _read(self, folder: str) -> list[Trial]:
+        names = [name for name in self.store.list(folder) if name.startswith("trial-") and name.endswith(".json")]
+        return [Trial.from_dict(self.store.read_json(f"{folder}/{name}")) for name in names]
