@@ -104,7 +104,7 @@ def settings_of(config: PipelineConfig | None) -> dict[str, Any] | None:
     data = {"source": config.data.source, "sha256": config.data.sha256, "seed": config.data.seed}
     unused = {"epochs", "seed", "warmup_epochs", "early_stopping_patience", "plateau_patience"}
     train = {name: value for name, value in keyed(config.train).items() if name not in unused}
-    return json.loads(json.dumps({"data": data, "model": asdict(config.model), "train": train}))  # tuples become lists
+    return json.loads(json.dumps({"data": data, "model": keyed(config.model), "train": train}))  # tuples become lists
 
 
 def relative_step_time(config: PipelineConfig, base: PipelineConfig, rounds: int) -> float:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import tensorflow as tf
 
@@ -19,10 +20,10 @@ def product_shapes(config: PerceiverConfig, batch_size: int) -> list[tuple[int, 
     n, d, m, width = c.num_latents, c.latent_dim, c.num_inputs, c.data_width
     shapes = []
     if c.stem == "conv":
-        channels = [c.image_shape[2], *[c.conv_channels] * (c.num_conv_layers - 1), c.projected_dim]
         height, columns = c.resized_shape
-        for layer in range(c.num_conv_layers):
-            shapes.append((1, b * height * columns // 4**layer, 9 * channels[layer], channels[layer + 1]))
+        for layer, (before, after) in enumerate(pairwise(c.conv_widths)):
+            cells = -(-height // 2**layer) * -(-columns // 2**layer)
+            shapes.append((1, b * cells, 9 * before, after))
     elif c.data_dim is not None:
         patch = c.patch_size**2 if c.stem == "patches" else 1
         shapes.append((1, b * m, c.image_shape[2] * patch, c.data_dim))

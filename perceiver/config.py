@@ -36,9 +36,11 @@ class PerceiverConfig:
     patch_size: int = 4
     """Side in pixels of a square patch, for the `patches` stem."""
     num_conv_layers: int = 2
-    """3 x 3 convolutions in the `conv` stem; each is followed by a max-pooling that halves both sides."""
+    """3 x 3 convolutions in the `conv` stem; each is followed by a max-pooling that halves both sides, rounded up."""
     conv_channels: int = 64
     """Channels of every convolution of the `conv` stem but the last, which has `data_dim` channels."""
+    conv_channel_growth: int = 1
+    """Factor by which channels grow from one convolution of the `conv` stem to the next, up to `conv_channels`."""
     conv_pool_size: int = 2
     """Side of the max-pooling windows of the `conv` stem; the stride is 2, so that larger windows overlap."""
     data_dim: int | None = 128
@@ -156,10 +158,8 @@ class PerceiverConfig:
             if value is not None:
                 self._require(len(value) == channels, name, f"give one number for each of {channels} channels")
                 self._require(all(map(math.isfinite, value)), name, "give finite numbers")
-        if self.pixel_std is not None:
-            self._require(min(self.pixel_std) > 0, "pixel_std", "give positive numbers")
-        if self.seed is not None:
-            self._require(0 <= self.seed < 2**31, "seed", "give a number in [0, 2**31)")
+        self._require(self.pixel_std is None or min(self.pixel_std) > 0, "pixel_std", "give positive numbers")
+        self._require(self.seed is None or 0 <= self.seed < 2**31, "seed", "give a number in [0, 2**31)")
         if self.attention_dropout:
             chunk_size = self.attention_chunk_size
             remedy = f"set it to 0, since model.attention_chunk_size = {chunk_size} never holds the weights"
@@ -173,20 +173,16 @@ class PerceiverConfig:
 
     def _check_image(self) -> None:
         height, width = self.resized_shape
-        if self.stem == "patches":
-            divisor, what = self.patch_size, f"model.patch_size = {self.patch_size}"
-        elif self.stem == "conv":
-            divisor, what = 2**self.num_conv_layers, f"2 ** model.num_conv_layers = {2**self.num_conv_layers}"
-        else:
-            return
-        if height % divisor or width % divisor:
-            common = ", ".join(map(str, _divisors(math.gcd(height, width))))
-            remedy = (
-                f"choose one of {common}"
-                if self.stem == "patches"
-                else f"choose fewer layers, or set model.resize_to to a multiple of {divisor}"
+        if self.stem == "patches" and math.gcd(height, width) % self.patch_size:
+            choices = ", ".join(map(str, _divisors(math.gcd(height, width))))
+            raise ValueError(
+                f"model.patch_size = {self.patch_size} does not divide the image of {height} x {width} pixels: "
+                f"choose one of {choices}"
             )
-            raise ValueError(f"{what} does not divide the image of {height} x {width} pixels: {remedy}")
+        if self.stem == "conv":
+            most = (max(height, width) - 1).bit_length()
+            remedy = f"an image of {height} x {width} pixels can be halved {most} times: give at most {most}"
+            self._require(self.num_conv_layers <= most, "num_conv_layers", remedy)
 
     def _check_heads(self) -> None:
         data_width = "the width of the data array" if self.data_dim is None or self._joins else "model.data_dim"
@@ -220,20 +216,25 @@ class PerceiverConfig:
     @property
     def resized_shape(self) -> tuple[int, int]:
         """Height and width of the images after resizing."""
-        height, width, _ = self.image_shape
-        return (height, width) if self.resize_to is None else (self.resize_to, self.resize_to)
+        return self.image_shape[:2] if self.resize_to is None else (self.resize_to, self.resize_to)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the grid of cells that the data array flattens."""
         height, width = self.resized_shape
         cell = {"pixels": 1, "patches": self.patch_size, "conv": 2**self.num_conv_layers}[self.stem]
-        return height // cell, width // cell
+        return -(-height // cell), -(-width // cell)
 
     @property
     def num_inputs(self) -> int:
         """Rows M of the data array."""
         return math.prod(self.grid)
+
+    @property
+    def conv_widths(self) -> tuple[int, ...]:
+        """Channels before, between and after the convolutions of the `conv` stem."""
+        inner = [max(1, self.conv_channels // self.conv_channel_growth**i) for i in range(self.num_conv_layers - 1)]
+        return self.image_shape[2], *reversed(inner), self.projected_dim
 
     @property
     def projected_dim(self) -> int:

@@ -74,9 +74,9 @@ def activation_bytes_per_image(config: PerceiverConfig) -> int:
     height, width = c.resized_shape
     values = height * width * c.image_shape[2]
     if c.stem == "conv":
-        for layer, channels in enumerate(_conv_widths(c)[1:]):
-            cells = height * width // 4**layer
-            values += cells * channels + cells * channels // 4  # before and after the pooling
+        for layer, channels in enumerate(c.conv_widths[1:]):
+            # before and after the pooling
+            values += channels * (_cells(height, width, layer) + _cells(height, width, layer + 1))
     values += 2 * c.num_inputs * c.data_width  # data array, normalised data array
     values += len(set(c.cross_attend_order)) * c.num_inputs * (c.cross_qk_dim + c.cross_v_dim)
 
@@ -124,23 +124,22 @@ def _mlp_macs(rows: int, dim: int, widening_factor: int) -> int:
     return 2 * rows * widening_factor * dim**2
 
 
-def _conv_widths(c: PerceiverConfig) -> list[int]:
-    return [c.image_shape[2], *[c.conv_channels] * (c.num_conv_layers - 1), c.projected_dim]
+def _cells(height: int, width: int, layers: int) -> int:
+    """Cells of the map after so many layers of the `conv` stem."""
+    return -(-height // 2**layers) * -(-width // 2**layers)
 
 
 def _stem_parameters(c: PerceiverConfig) -> int:
     if c.stem == "conv":
-        widths = _conv_widths(c)
-        return sum(_dense(9 * a, b) for a, b in pairwise(widths))
+        return sum(_dense(9 * a, b) for a, b in pairwise(c.conv_widths))
     return 0 if c.data_dim is None else _dense(_patch_width(c), c.data_dim)
 
 
 def _stem_macs(c: PerceiverConfig) -> int:
     if c.stem == "conv":
         height, width = c.resized_shape
-        widths = _conv_widths(c)
-        products = [9 * a * b for a, b in pairwise(widths)]
-        return sum(height * width // 4**layer * product for layer, product in enumerate(products))
+        products = [9 * a * b for a, b in pairwise(c.conv_widths)]
+        return sum(_cells(height, width, layer) * product for layer, product in enumerate(products))
     return 0 if c.data_dim is None else c.num_inputs * _patch_width(c) * c.data_dim
 
 

@@ -72,6 +72,7 @@ class Perceiver(keras.Model):
                 config.conv_channels,
                 config.data_dim,
                 config.conv_pool_size,
+                config.conv_channel_growth,
                 name="stem",
                 dtype=dtype,
             )

@@ -118,8 +118,10 @@ class ConvStem(keras.layers.Layer):
         channels: Channels of every convolution but the last.
         units: Channels of the last convolution; None: `channels`.
         pool_size: Side of the pooling windows; above 2 they overlap.
+        channel_growth: Factor by which channels grow from one convolution to the next, up to `channels`.
 
-    Call: (B, H, W, channels) -> (B, H W / 4**num_layers, units).
+    Call: (B, H, W, channels) -> (B, rows, units), where rows is the product of H / 2**num_layers and
+    W / 2**num_layers, both rounded up.
 
     Example:
         >>> ConvStem(2, 8, units=32)(np.zeros((1, 8, 8, 3))).shape
@@ -127,16 +129,24 @@ class ConvStem(keras.layers.Layer):
     """
 
     def __init__(
-        self, num_layers: int = 2, channels: int = 64, units: int | None = None, pool_size: int = 2, **kwargs: Any
+        self,
+        num_layers: int = 2,
+        channels: int = 64,
+        units: int | None = None,
+        pool_size: int = 2,
+        channel_growth: int = 1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_layers = num_layers
         self.channels = channels
         self.units = units
         self.pool_size = pool_size
+        self.channel_growth = channel_growth
 
     def build(self, input_shape: Shape) -> None:
-        widths = [self.channels] * (self.num_layers - 1) + [self.units or self.channels]
+        inner = [max(1, self.channels // self.channel_growth**i) for i in range(self.num_layers - 1)]
+        widths = [*reversed(inner), self.units or self.channels]
         self.convolutions = []
         width = input_shape[-1]
         for i, filters in enumerate(widths):
@@ -164,7 +174,7 @@ class ConvStem(keras.layers.Layer):
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, height, width, _ = input_shape
         cell = 2**self.num_layers
-        return batch, (height // cell) * (width // cell), self.units or self.channels
+        return batch, -(-height // cell) * -(-width // cell), self.units or self.channels
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -173,4 +183,5 @@ class ConvStem(keras.layers.Layer):
             "channels": self.channels,
             "units": self.units,
             "pool_size": self.pool_size,
+            "channel_growth": self.channel_growth,
         }

@@ -1,8 +1,39 @@
-"""Named configs. Each is a function whose docstring describes the model and its cost."""
+"""Named configs, and `for_images`, which fits one to images of another size and to another number of classes.
 
+Each config is a function whose docstring describes the model and its cost. The rule of `for_images`:
+
+    tokens     the `conv` stem gets further convolutions, each of which halves both sides, until it gives at most 256
+               tokens; it never has fewer than the preset
+    channels   if it gets any, channels double from one convolution to the next, so that each costs about the same
+    latents    twice as many for each factor of ten that the classes exceed 100, rounded up
+"""
+
+import math
 from dataclasses import replace
+from typing import TypeVar
 
 from perceiver.config import PerceiverConfig
+
+MOST_TOKENS = 256
+FEW_CLASSES = 100
+Config = TypeVar("Config", bound=PerceiverConfig)
+
+
+def for_images(config: Config, image_shape: tuple[int, int, int], num_classes: int) -> Config:
+    """`config` for images of any size, with one channel or several, and any number of classes, by the module's rule.
+
+    Only the `conv` stem follows the size; `pixels` and `patches` stay as they are.
+
+    Args:
+        config: A preset.
+        image_shape: Height, width and channels.
+        num_classes: Number of classes.
+    """
+    fitted = replace(config, image_shape=image_shape, num_classes=num_classes)
+    while fitted.stem == "conv" and fitted.num_inputs > MOST_TOKENS:
+        fitted = replace(fitted, num_conv_layers=fitted.num_conv_layers + 1, conv_channel_growth=2)
+    doublings = max(0, math.ceil(math.log10(num_classes / FEW_CLASSES)))
+    return replace(fitted, num_latents=fitted.num_latents * 2**doublings)
 
 
 def quickstart() -> PerceiverConfig:

@@ -3,8 +3,9 @@
     python -m pipeline.evaluate_version models:/perceiver@champion --data.source digits
     python -m pipeline.evaluate_version models:/perceiver/3 --tracking-uri http://host:5000 --split validation
 
-Prints one line of JSON: the version, the split and its SHA-256, `top1`, `top5`, `loss`, `ece` and images/s, and whether
-the rows are the test rows with which the version was registered. Exit codes: 0 done, 2 an argument cannot be used.
+Prints one line of JSON: the version, the split and its SHA-256, `top1`, `top5`, `balanced_accuracy`, `loss`, `ece` and
+images/s, and whether the rows are the test rows with which the version was registered. Exit codes: 0 done, 2 an
+argument cannot be used.
 """
 
 import json

@@ -1,15 +1,23 @@
-"""Helpers for all sections of settings: fields that are not part of a task's key, and range checks."""
+"""Helpers for all sections of settings: which fields are part of a task's key, and range checks."""
 
 from dataclasses import fields
 from typing import Any
 
 # Metadata of fields that decide how a run is executed and not its results: they are not part of a task's key.
 EXECUTION = {"keyed": False}
+# Metadata of fields that were added after runs had been made: with their default they are not part of a key, so that
+# finished runs stay finished.
+ADDED_LATER = {"keyed": "unless default"}
 
 
 def keyed(section: Any) -> dict[str, Any]:
     """The fields of a section that decide the output of a task, and so are part of its key."""
-    return {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("keyed", True)}
+    found = {}
+    for f in fields(section):
+        value, rule = getattr(section, f.name), f.metadata.get("keyed", True)
+        if rule is True or (rule == "unless default" and value != f.default):
+            found[f.name] = value
+    return found
 
 
 def require(condition: bool, name: str, value: object, remedy: str) -> None:

@@ -60,6 +60,14 @@ def test_model_step() -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+def test_image_sizes() -> None:
+    small = ("--preset", "quickstart", "--sides", "16", "8", "--channels", "1", "--batch-size", "2", "--rounds", "1")
+    table, result = benchmark("image_sizes", *small)
+    assert "quickstart, 100 classes, float32, batch 2" in table
+    assert [(row["side"], row["tokens"]) for row in result["rows"]] == [(8, 16), (16, 64)]
+    assert all(row["images_per_second"] > 0 for row in result["rows"])
+
+
 @pytest.mark.slow
 def test_batch_inference() -> None:
     table, result = benchmark("batch_inference", *("--num-images", "600", "--part-rows", "200", "--num-processes", "1"))

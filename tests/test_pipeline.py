@@ -135,6 +135,8 @@ def test_the_same_command_again_does_nothing_and_is_quick(runs: Runs) -> None:
     assert states(summary) == dict.fromkeys(TASKS, "cached")
     assert summary["test"]["num_examples"] == 360
     assert summary["test"]["top1"] > 0.5
+    per_class = manifest(runs, "evaluate")["output"]["per_class"]
+    assert summary["test"]["balanced_accuracy"] == pytest.approx(np.mean(per_class))
     assert summary["search"]["num_trials"] == 2
     assert summary["search"]["best"]["learning_rate"] == 0.004
     assert summary["train"]["num_workers"] == 2
@@ -155,6 +157,7 @@ def test_runs_are_recorded_as_parent_children_and_grandchildren(runs: Runs) -> N
     assert len(trials) == 2
     assert all("num_latents" in trial.data.params and "val_accuracy" in trial.data.metrics for trial in trials)
     assert children["train"].data.metrics["val_accuracy"] > 0.5
+    assert found[parent].data.metrics["test_balanced_accuracy"] == summary["test"]["balanced_accuracy"]
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
 
@@ -235,7 +238,7 @@ def test_a_run_with_another_learning_rate_that_is_stopped_and_killed_goes_on_fro
 ) -> None:
     """It is stopped by SIGTERM, continues, is killed, and continues on another number of workers."""
     options = [*NO_SEARCH, "--train.learning-rate", "0.002", "--train.epochs", "9"]
-    options += ["--train.checkpoint-every-steps", "7"]
+    options += ["--train.checkpoint-every-steps", "7", "--train.class-weights", "balanced"]
     stopped = new_runs.start(*options)
     stopped.wait_for("epoch 3/9:")
     stopped.process.terminate()

@@ -55,7 +55,10 @@ def summarize(
             name: trained[name] for name in ("images_per_second", "epochs", "best_epoch", "num_workers")
         } | {"parameters": cost.parameter_count(model)}
     if "evaluate" in outputs:
-        summary["test"] = {name: outputs["evaluate"][name] for name in ("top1", "top5", "loss", "num_examples")}
+        scores = outputs["evaluate"]
+        # Evaluations of earlier versions have no balanced accuracy.
+        names = [name for name in ("top1", "top5", "balanced_accuracy", "loss", "num_examples") if name in scores]
+        summary["test"] = {name: scores[name] for name in names}
     if "register" in outputs:
         summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
         summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
@@ -72,6 +75,8 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     if test:
         table.add_row("test top-1", f"{test['top1']:.2%} of {test['num_examples']} images")
         table.add_row("test top-5", f"{test['top5']:.2%}")
+        if "balanced_accuracy" in test:
+            table.add_row("test balanced accuracy", f"{test['balanced_accuracy']:.2%}")
         table.add_row("test loss", f"{test['loss']:.4f}")
     if search and search["best"]:
         table.add_row("best of search", ", ".join(f"{name} = {value:.4g}" for name, value in search["best"].items()))

@@ -31,7 +31,7 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy, cross-entropy and number of rows.
+    """Top-1 and top-5 accuracy, mean recall over the classes that have rows, cross-entropy and number of rows.
 
     Args:
         logits: (N, K).
@@ -43,9 +43,11 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     if not (finite := np.isfinite(logits).all(axis=1)).all():
         raise ValueError(f"the model gives {(~finite).sum()} of {len(labels)} images no finite logits")
     rank = ranks(logits, labels)
+    rows, hits = np.bincount(labels), np.bincount(labels, weights=rank == 0)
     return {
         "top1": float((rank == 0).mean()),
         "top5": float((rank < 5).mean()),
+        "balanced_accuracy": float((hits[rows > 0] / rows[rows > 0]).mean()),
         "loss": cross_entropy(logits, labels),
         "num_examples": len(labels),
     }

@@ -18,8 +18,8 @@ class ModelCard:
         digest, test_digest: SHA-256 of all rows, and of the test rows.
         rows: Number of rows of each split.
         label_names: Names of the classes, in order.
-        scores: Results on the test rows: `top1`, `top5`, `loss`; after temperature scaling `calibration_error` and
-            `calibrated_loss`.
+        scores: Results on the test rows: `top1`, `top5`, `balanced_accuracy` (if it is known), `loss`; after
+            temperature scaling `calibration_error` and `calibrated_loss`.
         temperature: Divisor of the logits, fitted on the validation rows; part of the model.
         latency_ms: Median time for one image, in milliseconds.
         device: Device on which the latency was measured.

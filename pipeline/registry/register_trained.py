@@ -143,7 +143,8 @@ def _model_card(trained: TrainedModel, name: str, run_id: str) -> ModelCard:
         rows={split: described["rows"] for split, described in data["splits"].items()},
         label_names=data["label_names"],
         scores={
-            **{metric: scores[metric] for metric in ("top1", "top5", "loss")},
+            # Evaluations of earlier versions have no balanced accuracy.
+            **{metric: scores[metric] for metric in ("top1", "top5", "balanced_accuracy", "loss") if metric in scores},
             "calibration_error": calibration["ece_calibrated"],
             "calibrated_loss": calibration["loss_calibrated"],
         },

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.report.inline_images import attention_overlay, data_uri, matrix_image
+from pipeline.report.inline_images import attention_overlay, data_uri, is_small, matrix_image, picture_uri
 from pipeline.report.svg_charts import line_chart, matrix_chart, percent
 
 Results = Mapping[str, Any]
@@ -30,7 +30,8 @@ def evaluation_values(results: Results, pictures: Pictures) -> dict[str, Any]:
         "names": names,
         "few_classes": len(names) <= MOST_NAMED,
         "class_bars": _sorted_bars(names, results["per_class"]),
-        "image_uri": lambda row_id: data_uri(_image_of(pictures, row_id)),
+        "image_uri": lambda row_id: picture_uri(_image_of(pictures, row_id)),
+        "pixelated": is_small(pictures["images"].shape[1:]),
         **_confusion(results, names),
         **_robustness(results),
         **_attention(pictures, names),
@@ -93,7 +94,7 @@ def _attention(pictures: Pictures, names: Sequence[str]) -> dict[str, Any]:
     for index, row_id in enumerate(row_ids):
         image = _image_of(pictures, row_id)
         maps = _overlays(image, pictures["attention"][:, index], lambda i: f"iteration {i + 1}")
-        by_image.append([LabelledImage(data_uri(image), names[labels[row_id]], pixelated=True), *maps])
+        by_image.append([LabelledImage(picture_uri(image), names[labels[row_id]], is_small(image.shape)), *maps])
     first = _image_of(pictures, row_ids[0])
     by_iteration = [
         _overlays(first, maps, lambda i: f"latent {pictures['latents'][i]}") for maps in pictures["latent_attention"]
@@ -103,7 +104,7 @@ def _attention(pictures: Pictures, names: Sequence[str]) -> dict[str, Any]:
 
 def _overlays(image: np.ndarray, maps: np.ndarray, label: Callable[[int], str]) -> list[LabelledImage]:
     """`image` below each of the attention maps (N, rows, columns)."""
-    return [LabelledImage(data_uri(attention_overlay(image, weights)), label(i)) for i, weights in enumerate(maps)]
+    return [LabelledImage(picture_uri(attention_overlay(image, weights)), label(i)) for i, weights in enumerate(maps)]
 
 
 def _sorted_bars(names: Sequence[str], shares: Sequence[float | None]) -> list[tuple[str, float]]:

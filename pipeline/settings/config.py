@@ -10,6 +10,7 @@ from perceiver.config import PerceiverConfig
 from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import SOURCES
 from pipeline.evaluation.config import EvaluationConfig
+from pipeline.fields import ADDED_LATER
 from pipeline.registry.config import PromotionConfig
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.config import TrainingConfig
@@ -25,6 +26,8 @@ class ModelConfig(PerceiverConfig):
     num_classes: tyro.conf.Fixed[int] = 100
     pixel_mean: tyro.conf.Fixed[tuple[float, ...] | None] = None
     pixel_std: tyro.conf.Fixed[tuple[float, ...] | None] = None
+    conv_channel_growth: int = field(default=1, metadata=ADDED_LATER)
+    """Factor by which channels grow from one convolution of the `conv` stem to the next, up to `conv_channels`."""
 
 
 @dataclass(frozen=True)

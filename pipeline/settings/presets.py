@@ -1,4 +1,9 @@
-"""Named configurations of the whole pipeline, a function each; its docstring says what it trains."""
+"""Named configurations of the whole pipeline, a function each; its docstring says what it trains.
+
+`with_source` fits any of them to the images and classes of a source. The model follows the rule of
+`perceiver.presets.for_images`; random shifts grow with the images, in whole multiples of 32 pixels, so that they stay
+the same share of the side. docs/data.md has what that gives at common sizes.
+"""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,6 +15,9 @@ from pipeline.data.sources import SOURCES
 from pipeline.settings.config import ModelConfig, PipelineConfig
 from pipeline.training.config import TrainingConfig
 from tune.config import SearchConfig
+
+# Side in pixels of the images for which the presets' random shifts are meant.
+SHIFTED_SIDE = 32
 
 
 def quickstart() -> PipelineConfig:
@@ -123,13 +131,17 @@ def keras_example() -> PipelineConfig:
 
 
 def with_source(config: PipelineConfig, source: str) -> PipelineConfig:
-    """`config` with another data source, its image shape and classes, and no flips where they change the class."""
+    """`config` with another data source, fitted to its images and classes; no flips where they change the class."""
     info = SOURCES[source]
     return replace(
         config,
         data=replace(config.data, source=info.name),  # type: ignore[arg-type]  # a key of SOURCES
-        model=replace(config.model, image_shape=info.image_shape, num_classes=info.num_classes),
-        train=replace(config.train, random_flip=config.train.random_flip and info.flips),
+        model=model_presets.for_images(config.model, info.image_shape, info.num_classes),
+        train=replace(
+            config.train,
+            random_flip=config.train.random_flip and info.flips,
+            random_crop_padding=config.train.random_crop_padding * max(1, min(info.image_shape[:2]) // SHIFTED_SIDE),
+        ),
     )
 
 

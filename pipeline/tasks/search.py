@@ -90,7 +90,7 @@ def _comparable(context: Context, space: Space) -> str:
     same = {
         "data": [splits[split]["digest"] for split in SPLITS],
         "rows": [context.config.search.train_rows, context.config.search.validation_rows],
-        "model": {name: value for name, value in asdict(space.model).items() if name not in space.values},
+        "model": {name: value for name, value in keyed(space.model).items() if name not in space.values},
         "train": {name: value for name, value in train.items() if name not in space.values},
     }
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()

@@ -93,7 +93,7 @@ class TrialTraining:
 
         rows, held_out = ray.get(self.data)
         worker = Worker(report=commit_and_report, resume_from=resume_from, keep_model=False)
-        train_in_process(model, train, rows, held_out, worker)
+        train_in_process(model, train, rows, held_out, worker, self.manifest["splits"]["train"]["class_counts"])
 
     def _on_workers(self, model: PerceiverConfig, train: TrainingConfig, state: str, report: Report) -> None:
         """Ray Train in a thread, since this one waits for what is decided about the trial after each epoch."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.fields import EXECUTION, require
+from pipeline.fields import ADDED_LATER, EXECUTION, require
 
 WORKERS_REMEDY = "give a number of at least 1, or MIN:MAX for as many of these as the cluster has"
 
@@ -82,6 +82,8 @@ class TrainingConfig:
     """Largest relative zoom of training images in height and in width; 0 turns it off."""
     cutmix: float = 0.0
     """Share of the training images that get a rectangle of another one, and its label by area; 0 turns it off."""
+    class_weights: Literal["none", "balanced"] = field(default="none", metadata=ADDED_LATER)
+    """Factors on the loss of the rows of each class; `balanced` makes every class count alike, however few its rows."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy."""
     jit_compile: bool = False

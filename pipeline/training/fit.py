@@ -5,6 +5,7 @@ It does not depend on Ray. A `Worker` says how it reports, from which checkpoint
 
 import math
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
 from pipeline.training.input_pipeline import training_dataset, validation_dataset
-from pipeline.training.optimization import PLATEAU_FACTOR, Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
+from pipeline.training.optimization import (
+    PLATEAU_FACTOR,
+    Accuracy,
+    SmoothedCrossEntropy,
+    TopKAccuracy,
+    balanced_weights,
+    optimizer,
+)
 from pipeline.training.recorder import Recorder
 from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
 from pipeline.training.worker import InitialModelError, Worker
@@ -29,7 +37,14 @@ from pipeline.training.worker import InitialModelError, Worker
 MODEL_FILE = "model.keras"
 
 
-def fit(model_config: PerceiverConfig, config: TrainingConfig, train: Rows, validation: Rows, worker: Worker) -> None:
+def fit(
+    model_config: PerceiverConfig,
+    config: TrainingConfig,
+    train: Rows,
+    validation: Rows,
+    worker: Worker,
+    class_counts: Sequence[int] | None = None,
+) -> None:
     """Trains to the end and passes the results to `worker.report`. If the checkpoint is final, it reports nothing.
 
     The report of an epoch has its metrics and a checkpoint. The metrics are `epoch`, `loss`, `accuracy`,
@@ -44,6 +59,7 @@ def fit(model_config: PerceiverConfig, config: TrainingConfig, train: Rows, vali
         train: All training rows; this worker takes its share of every global batch.
         validation: All validation rows; this worker takes its share of every batch.
         worker: Rank, reports, and the checkpoint from which the training continues.
+        class_counts: Number of training rows of each class; needed by `config.class_weights` alone.
 
     Raises:
         Interrupted: after a stop was requested and a checkpoint was reported.
@@ -63,7 +79,7 @@ def fit(model_config: PerceiverConfig, config: TrainingConfig, train: Rows, vali
         model.build((None, *model_config.image_shape))
         model.compile(
             optimizer=optimizer(config, model, steps),
-            loss=SmoothedCrossEntropy(config.label_smoothing),
+            loss=SmoothedCrossEntropy(config.label_smoothing, _class_weights(config, class_counts)),
             metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
             jit_compile=config.jit_compile,
         )
@@ -133,6 +149,13 @@ def fit(model_config: PerceiverConfig, config: TrainingConfig, train: Rows, vali
             final.set_weights(progress.best_weights)
             final.save(Path(folder) / MODEL_FILE)
         worker.report(progress.history[-1], Path(folder))
+
+
+def _class_weights(config: TrainingConfig, class_counts: Sequence[int] | None) -> list[float] | None:
+    if config.class_weights == "none":
+        return None
+    assert class_counts is not None, "balanced weights need the counts of the classes"
+    return balanced_weights(class_counts)
 
 
 def _set_initial_weights(model: Perceiver, file: Path, config: TrainingConfig) -> None:

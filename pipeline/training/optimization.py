@@ -5,6 +5,7 @@ other, and Keras smooths one-hot labels alone.
 """
 
 import re
+from collections.abc import Sequence
 
 import keras
 from keras import ops
@@ -18,14 +19,28 @@ PLATEAU_FACTOR = 0.2
 
 @keras.saving.register_keras_serializable(package="pipeline")
 class SmoothedCrossEntropy(keras.losses.Loss):
-    """Softmax cross-entropy of logits (B, K) with label smoothing (Szegedy et al., 2016).
+    """Softmax cross-entropy of logits (B, K) with label smoothing (Szegedy et al., 2016) and weights of the classes.
 
-    The truth is either integer labels (B,) or, for mixed images, the share of each class (B, K).
+    The truth is either integer labels (B,) or, for mixed images, the share of each class (B, K). The loss of a row is
+    multiplied by the weight of its class; that of a mixed image is the mean, by their shares, of the weighted losses
+    that its classes would have as labels. The mean over rows divides by their number, not by the sum of their weights,
+    so that it is the same for any division of a batch among workers.
+
+    Args:
+        label_smoothing: Share of the target given to all classes alike.
+        class_weights: K factors; None: all 1.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, name: str = "cross_entropy", **kwargs: object) -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        name: str = "cross_entropy",
+        **kwargs: object,
+    ) -> None:
         super().__init__(name=name, **kwargs)
         self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else list(class_weights)
 
     def call(self, y_true, y_pred):  # type: ignore[no-untyped-def]
         num_classes = y_pred.shape[-1]
@@ -33,11 +48,27 @@ class SmoothedCrossEntropy(keras.losses.Loss):
             targets = ops.cast(y_true, y_pred.dtype)
         else:
             targets = ops.one_hot(ops.cast(ops.reshape(y_true, (-1,)), "int32"), num_classes, dtype=y_pred.dtype)
-        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_classes
-        return ops.categorical_crossentropy(targets, y_pred, from_logits=True)
+        if self.class_weights is None:
+            targets = targets * (1 - self.label_smoothing) + self.label_smoothing / num_classes
+            return ops.categorical_crossentropy(targets, y_pred, from_logits=True)
+        targets = targets * ops.convert_to_tensor(self.class_weights, y_pred.dtype)
+        of_row = ops.sum(targets, axis=-1, keepdims=True)
+        targets = targets * (1 - self.label_smoothing) + of_row * self.label_smoothing / num_classes
+        # Not by the function above: TensorFlow's gradient of it takes the targets' sum for 1.
+        return -ops.sum(targets * ops.log_softmax(y_pred, axis=-1), axis=-1)
 
     def get_config(self) -> dict[str, object]:
-        return {**super().get_config(), "label_smoothing": self.label_smoothing}
+        own = {"label_smoothing": self.label_smoothing, "class_weights": self.class_weights}
+        return {**super().get_config(), **own}
+
+
+def balanced_weights(class_counts: Sequence[int]) -> list[float]:
+    """Weights of the classes with which each class that has rows counts alike: N / (K n) for a class with n of N rows.
+
+    K is the number of classes with rows. The mean of the weights over all rows is 1; a class without rows gets 0.
+    """
+    num_rows, num_classes = sum(class_counts), sum(count > 0 for count in class_counts)
+    return [num_rows / (num_classes * count) if count else 0.0 for count in class_counts]
 
 
 class _TakesShares:

@@ -1,6 +1,7 @@
 """Trains as one worker in the calling process: a trial of the search, or one Ray Train worker."""
 
 import os
+from collections.abc import Sequence
 
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
@@ -14,7 +15,12 @@ class TrainingError(RuntimeError):
 
 
 def train_in_process(
-    model: PerceiverConfig, config: TrainingConfig, train: Rows, validation: Rows, worker: Worker
+    model: PerceiverConfig,
+    config: TrainingConfig,
+    train: Rows,
+    validation: Rows,
+    worker: Worker,
+    class_counts: Sequence[int] | None = None,
 ) -> None:
     """Trains as `worker` in this process, on `config.cpus_per_worker` CPUs; see `pipeline.training.fit.fit`.
 
@@ -37,7 +43,7 @@ def train_in_process(
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     try:
-        fit(model, config, train, validation, worker)
+        fit(model, config, train, validation, worker, class_counts)
     except Interrupted as error:
         raise StoppedEarly from error
     except (InitialModelError, NotFinite) as error:

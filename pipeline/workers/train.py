@@ -85,6 +85,7 @@ def train(
             "channel": channel,
             "store": store,
             "initial_model": (storage, initial_model) if initial_model else None,
+            "class_counts": manifest["splits"]["train"]["class_counts"],
         },
         backend_config=TensorFlowConfig(),
         scaling_config=ray.train.ScalingConfig(
@@ -135,7 +136,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Of an elastic group as many workers train as divide the global batch; the others stand by.
 
     Args:
-        settings: `model` and `train` (plain dicts), `channel`, `store` and `initial_model` (storage and path, or None).
+        settings: `model` and `train` (plain dicts), `channel`, `store`, `initial_model` (storage and path, or None) and
+            `class_counts` of the training rows.
 
     Returns:
         `num_workers` that trained and the name of the last `checkpoint`; or `error`, if another try would fail too.
@@ -195,6 +197,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
                     on_stop=on_stop,
                     on_step=channel.report,
                 ),
+                settings["class_counts"],
             )
         except StoppedEarly:
             preempted = is_preempted()

@@ -87,7 +87,7 @@ def manifests() -> dict[str, Manifest]:
         "preprocess": {"digest": "d" * 64},
         "search": {"best": trial, "trials": [{}, {}]},
         "train": {"images_per_second": 100.0, "epochs": 3, "best_epoch": 2, "num_workers": 2, "history": []},
-        "evaluate": {"top1": 0.5, "top5": 0.75, "loss": 1.5, "num_examples": 360, "per_class": []},
+        "evaluate": {"top1": 0.5, "top5": 0.75, "balanced_accuracy": 0.4, "loss": 1.5, "num_examples": 360},
         "register": {"name": "m", "version": 3, "alias": "champion", "uri": "models:/m/3", "run_id": "r"},
         "report": {"report": {"path": "tasks/report/k/attempt/report.html", "sha256": "s" * 64}},
     }
@@ -102,7 +102,8 @@ def test_the_keys_of_the_summary(manifests: dict[str, Manifest]) -> None:
     assert list(summary["tasks"]) == [task.name for task in TASKS]
     assert summary["tasks"]["ingest"] == {"state": "cached", "seconds": 1.5, "key": "ingest" * 3}
     assert summary["tasks"]["train"]["state"] == "done"
-    assert summary["test"] == {"top1": 0.5, "top5": 0.75, "loss": 1.5, "num_examples": 360}
+    test = {"top1": 0.5, "top5": 0.75, "balanced_accuracy": 0.4, "loss": 1.5, "num_examples": 360}
+    assert summary["test"] == test
     assert summary["model"] == {"name": "m", "version": 3, "alias": "champion", "uri": "models:/m/3"}
     runs = {"tracking_uri": "sqlite:////runs/mlflow.db", "experiment": "perceiver", "run_id": "r", "unsent": None}
     assert summary["mlflow"] == runs
@@ -113,6 +114,13 @@ def test_the_keys_of_the_summary(manifests: dict[str, Manifest]) -> None:
     # The parameters of the model that the search chose, not of the preset.
     other = parse(["quickstart", "--model.num-latents", "8"])[1].config.model
     assert summary["train"]["parameters"] == cost.parameter_count(other)
+
+
+def test_the_summary_of_an_evaluation_of_an_earlier_version(manifests: dict[str, Manifest]) -> None:
+    del manifests["evaluate"]["output"]["balanced_accuracy"]
+    summary = summarize("quickstart", parse(["quickstart"])[1].config, manifests, set())
+    assert summary["test"] == {"top1": 0.5, "top5": 0.75, "loss": 1.5, "num_examples": 360}
+    show_summary(summary, Console(file=io.StringIO()))
 
 
 def test_the_summary_of_a_part(manifests: dict[str, Manifest]) -> None:
@@ -129,7 +137,7 @@ def test_the_table_says_what_a_person_wants_to_know(manifests: dict[str, Manifes
     show_summary(summarize("quickstart", config, manifests, {"ingest"}, "r"), console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for fragment in ("done before", "done in 1.5 s", "50.00% of 360 images", "75.00%", "learning_rate = 0.001"):
+    for fragment in ("done before", "done in 1.5 s", "50.00% of 360 images", "75.00%", "40.00%", "rate = 0.001"):
         assert fragment in text
     for fragment in ("100 images/s on 2 workers, 3 epochs", "models:/m/3 (m@champion)", "experiment perceiver, run r"):
         assert fragment in text

@@ -62,6 +62,7 @@ def test_results_follow_from_the_logits(found: Evaluation, rows: Rows) -> None:
     assert results["validation"] == metrics.scores(found.validation.logits, found.validation.labels)
     assert np.sum(results["confusion"]) == 301
     assert np.trace(results["confusion"]) / 301 == pytest.approx(results["test"]["top1"])
+    assert np.mean(results["per_class"]) == pytest.approx(results["test"]["balanced_accuracy"])
     calibration = results["calibration"]
     assert calibration["temperature"] == fit_temperature(found.validation.logits, found.validation.labels)
     assert calibration["loss_after"] == pytest.approx(metrics.cross_entropy(logits, labels, calibration["temperature"]))

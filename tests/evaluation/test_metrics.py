@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import scipy.special
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    log_loss,
+    recall_score,
+    top_k_accuracy_score,
+)
 
 from pipeline.evaluation import metrics
 from pipeline.evaluation.calibration import TEMPERATURES, fit_temperature, reliability
@@ -26,6 +33,7 @@ def test_scores_equal_the_reference() -> None:
     assert found["num_examples"] == 500
     assert found["top1"] == pytest.approx(accuracy_score(labels, predicted), abs=1e-12)
     assert found["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=classes), abs=1e-12)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
     assert found["loss"] == pytest.approx(log_loss(labels, exact, labels=classes), abs=1e-9)
     recalls = metrics.recalls(confusion_matrix(labels, predicted, labels=classes))
     np.testing.assert_allclose(np.array(recalls, float), recall_score(labels, predicted, average=None), atol=1e-12)
@@ -44,6 +52,12 @@ def test_of_equal_logits_the_first_class_wins() -> None:
 def test_classes_without_rows_have_no_accuracy() -> None:
     confusion = confusion_matrix([1, 3, 2], [1, 1, 2], labels=range(4))
     assert metrics.recalls(confusion) == [None, 1.0, 1.0, 0.0]
+
+
+def test_classes_count_alike_in_the_balanced_accuracy_and_those_without_rows_not_at_all() -> None:
+    labels, predicted = np.array([0] * 8 + [3] * 2), np.array([0] * 8 + [0, 3])
+    found = metrics.scores(np.eye(5)[predicted], labels)
+    assert (found["top1"], found["balanced_accuracy"]) == (0.9, 0.75)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -12,6 +12,9 @@ from perceiver import Perceiver, PerceiverConfig, presets
 from perceiver.cost import activation_bytes_per_image, macs_per_image, parameter_count
 
 CONFIGS = {**TINY, "quickstart": presets.quickstart(), "cifar100": presets.cifar100()}
+CONFIGS["odd sides"] = replace(
+    TINY["conv"], image_shape=(13, 9, 1), num_conv_layers=3, conv_channels=8, conv_channel_growth=2, conv_pool_size=3
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -41,8 +41,7 @@ from perceiver import PerceiverConfig
         ),
         (
             {"stem": "conv", "num_conv_layers": 4},
-            "2 ** model.num_conv_layers = 16 does not divide the image of 8 x 8 pixels: "
-            "choose fewer layers, or set model.resize_to to a multiple of 16",
+            "model.num_conv_layers = 4: an image of 8 x 8 pixels can be halved 3 times: give at most 3",
         ),
         (
             {"cross_attention_output_projection": False},

@@ -58,6 +58,13 @@ def test_conv_stem_pools_before_relu_with_the_same_result(pool_size: int) -> Non
     np.testing.assert_array_equal(outputs, keras.ops.reshape(x, (2, 6, 6)))
 
 
+def test_channels_of_a_conv_stem_grow_to_those_before_the_last() -> None:
+    stem = ConvStem(4, 8, units=6, channel_growth=2)
+    stem.build((None, 7, 5, 3))
+    assert [convolution.filters for convolution in stem.convolutions] == [2, 4, 8, 6]
+    assert stem(_FLOATS[:, :7, :5]).shape == (2, 1, 6)
+
+
 @pytest.mark.parametrize(
     ("make", "images"),
     [
@@ -65,6 +72,7 @@ def test_conv_stem_pools_before_relu_with_the_same_result(pool_size: int) -> Non
         (lambda **kw: PatchStem(4, 5, **kw), _FLOATS),
         (lambda **kw: PatchStem(**kw), _FLOATS),
         (lambda **kw: ConvStem(2, 4, 6, 3, **kw), _FLOATS),
+        (lambda **kw: ConvStem(3, 4, 6, 3, 2, **kw), _FLOATS[:, :7, :11]),
     ],
 )
 def test_layers(make: Callable[[], keras.layers.Layer], images: np.ndarray, tmp_path: Path) -> None:

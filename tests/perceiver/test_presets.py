@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from perceiver import Perceiver, PerceiverConfig, presets
@@ -75,6 +76,48 @@ def test_fixed_example_is_as_large_as_the_published_one() -> None:
         assert getattr(fixed, name) == getattr(example, name)
     assert fixed.self_qk_dim // fixed.num_self_attention_heads == 32
     assert macs_per_image(example) > 4 * macs_per_image(fixed)
+
+
+# Side: tokens, channels of the convolutions, thousands of parameters and MMAC an image, for 100 classes.
+SIZES = {
+    8: (4, (64, 128), 925, 27.0),
+    16: (16, (64, 128), 926, 31.4),
+    32: (64, (64, 128), 932, 48.8),
+    48: (144, (64, 128), 942, 77.9),
+    64: (256, (64, 128), 957, 118.6),
+    96: (144, (32, 64, 128), 960, 124.4),
+    128: (256, (32, 64, 128), 974, 201.2),
+    224: (196, (16, 32, 64, 128), 971, 228.7),
+    256: (256, (16, 32, 64, 128), 979, 290.9),
+}
+
+
+@pytest.mark.parametrize(("side", "expected"), SIZES.items())
+def test_the_stem_follows_the_size_of_the_images(side: int, expected: tuple[int, tuple[int, ...], int, float]) -> None:
+    tokens, widths, parameters, mmacs = expected
+    config = presets.for_images(presets.cifar100(), (side, side, 3), 100)
+    assert (config.num_inputs, config.conv_widths) == (tokens, (3, *widths))
+    assert round(parameter_count(config) / 1e3) == parameters
+    assert round(macs_per_image(config) / 1e6, 1) == mmacs
+    grey = presets.for_images(presets.cifar100(), (side, side, 1), 100)
+    assert parameter_count(config) - parameter_count(grey) == 2 * 9 * widths[0]
+
+
+@pytest.mark.parametrize(("num_classes", "num_latents"), [(2, 16), (10, 16), (100, 16), (101, 32), (1000, 32)])
+def test_latents_follow_the_number_of_classes(num_classes: int, num_latents: int) -> None:
+    config = presets.for_images(presets.cifar100(), (64, 64, 3), num_classes)
+    assert (config.num_latents, config.num_classes) == (num_latents, num_classes)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("shape", [(100, 75, 3), (33, 250, 1)], ids=str)
+def test_presets_take_images_of_any_size(preset: Callable[[], PerceiverConfig], shape: tuple[int, int, int]) -> None:
+    config = presets.for_images(preset(), shape, 7)
+    assert (config.image_shape, config.num_classes) == (shape, 7)
+    if config.stem == "conv":
+        assert 64 < config.num_inputs <= 256
+        model = Perceiver(**asdict(replace(config, num_iterations=1, num_self_attention_blocks=1, latent_dim=8)))
+        assert model(np.zeros((2, *shape), np.uint8)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

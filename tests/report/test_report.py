@@ -8,7 +8,6 @@ import pytest
 from sklearn.metrics import confusion_matrix
 
 from pipeline.evaluation.metrics import recalls, scores
-from pipeline.report.inline_images import attention_overlay
 from pipeline.report.render import ReportInputs, render
 from pipeline.report.svg_charts import line_chart, matrix_chart, percent, ticks
 
@@ -59,7 +58,8 @@ def report_inputs(**changes: object) -> ReportInputs:
     results = {
         "label_names": ["<script>alert(1)</script>", *(f"class_{k}" for k in range(1, NUM_CLASSES))],
         "coarse_label_names": ["one & two", "three", "four"],
-        "test": scores(random.normal(size=(NUM_ROWS, NUM_CLASSES)), labels) | {"top1": 0.6, "top5": 0.8, "loss": 1.5},
+        "test": scores(random.normal(size=(NUM_ROWS, NUM_CLASSES)), labels)
+        | {"top1": 0.6, "top5": 0.8, "balanced_accuracy": 0.5555, "loss": 1.5},
         "per_class": recalls(confusion),
         "confusion": confusion.tolist(),
         "superclasses": {
@@ -178,6 +178,7 @@ def test_the_main_results_are_shown() -> None:
         "iteration 2",
         "GFLOPs per image",
         "a/search.html",
+        "the mean recall of the classes that have test rows: 55.55%",
     ):
         assert fragment in html, fragment
     assert re.search(r"training, core-hours</td><td class=\"n\">1<", html), "3600 s of 2 workers of half a CPU"
@@ -195,7 +196,10 @@ def test_sections_without_content_are_left_out() -> None:
     pictures = {name: inputs.pictures[name] for name in ("row_ids", "images", "labels")}
     outputs = dict(inputs.outputs) | {"search": {"best": None, "trials": []}}
     results = dict(inputs.results) | {"robustness": None, "superclasses": None}
+    # An evaluation of an earlier version has no balanced accuracy.
+    results["test"] = {name: value for name, value in results["test"].items() if name != "balanced_accuracy"}
     html = render(report_inputs(pictures=pictures, outputs=outputs, results=results))
+    assert "Balanced accuracy" not in html
     left_out = {"Search", "Robustness", "Where the model looks"}
     assert Outline(html).headings == [name for name in SECTIONS if name not in left_out]
 
@@ -253,8 +257,15 @@ def test_values_that_are_not_finite_are_left_out_of_a_chart() -> None:
     assert len(points.split()) == 2
 
 
-def test_the_overlay_is_bright_where_the_attention_is() -> None:
-    weights = np.zeros((4, 4), np.float32)
-    weights[0, 3] = 1
-    overlay = attention_overlay(np.zeros((8, 8, 1), np.uint8), weights, size=32).sum(axis=-1)
-    assert overlay[:8, 24:].mean() > 10 * overlay[16:, :16].mean() + 1
+def test_a_page_with_large_images_is_not_large() -> None:
+    inputs = report_inputs()
+    random = np.random.default_rng(0)
+    # Noise, the worst case: 90 images of 150 kB.
+    images = random.integers(0, 256, (NUM_ROWS, 224, 224, 3), dtype=np.uint8)
+    rows = [{"row_id": i, "label": 0, "predicted": 1, "confidence": 0.9} for i in range(NUM_ROWS)]
+    results = dict(inputs.results) | {"slices": dict(inputs.results["slices"]) | {"confident_mistakes": rows}}
+    html = render(report_inputs(pictures=dict(inputs.pictures) | {"images": images}, results=results))
+    assert html.count("data:image/jpeg") > NUM_ROWS
+    assert 'class="raw"' not in html
+    assert len(html) < 2e6
+    assert 'class="raw"' in render(inputs)

@@ -53,7 +53,7 @@ from command_lines import BORDER, ROOT, refusal, run
         ("--model.num-self-attention-heads 5", "model.num_self_attention_heads = 5", "choose one of 1, 2, 3, 4"),
         ("--model.stem patches --model.patch-size 5", "model.patch_size = 5", "32 x 32 pixels: choose one of 1, 2, 4"),
         (f"--data.archive /nope --data.sha256 {'0' * 64}", "data.archive = '/nope'", "no such file"),
-        ("--model.num-conv-layers 6", "2 ** model.num_conv_layers = 64", "choose fewer layers"),
+        ("--model.num-conv-layers 6", "model.num_conv_layers = 6: an image of 32 x 32", "give at most 5"),
         (
             "quickstart --search.num-self-attention-heads 3 5",
             "the search space is empty: model.num_self_attention_heads = 3",

@@ -1,16 +1,20 @@
 """The settings of a run: which of them are keyed, how they fit together, and their flat form."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
 from command_lines import config_of
 
 from perceiver.config import PerceiverConfig
+from pipeline.data.sources import SOURCES
 from pipeline.fields import keyed
 from pipeline.settings.config import ModelConfig, PipelineConfig, flatten
-from pipeline.settings.presets import cifar100, quickstart, with_source
+from pipeline.settings.presets import PRESETS, cifar100, quickstart, with_source
+from pipeline.storage import Storage
+from pipeline.tasks.graph import TASKS
+from pipeline.workflow.run import Run
 from tune.config import SearchConfig
 from tune.space import DIMENSIONS
 
@@ -25,9 +29,50 @@ def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
         (config.train, execution_of_training),
         (config.model, set()),
     ]
+    added_later = {"class_weights", "conv_channel_growth"}  # keyed unless they have their default
     for section, execution in sections:
-        assert {f.name for f in fields(section)} - set(keyed(section)) == execution
+        assert {f.name for f in fields(section)} - set(keyed(section)) - added_later == execution
         assert all(value == getattr(section, name) for name, value in keyed(section).items())
+
+
+# Begin of the key of the last task, which depends on all settings, as of 25 November 2026.
+KEYS = {
+    ("cifar100", "cifar100"): "007fcaca11e3",
+    ("cifar100", "cifar10"): "85348f573d80",
+    ("cifar100", "digits"): "b8f34ff8978e",
+    ("cifar100_gpu", "cifar100"): "45a6449bcb4d",
+    ("cifar100_gpu", "cifar10"): "31d50694afa8",
+    ("cifar100_gpu", "digits"): "d8e0d6c65c20",
+    ("cifar100_8gpu", "cifar100"): "a627b247c214",
+    ("cifar100_8gpu", "cifar10"): "48209d4a5194",
+    ("cifar100_8gpu", "digits"): "58dc24ab83d4",
+    ("keras_example", "cifar100"): "46173c85147b",
+    ("keras_example", "cifar10"): "749083fc379c",
+    ("keras_example", "digits"): "4c0acf73569b",
+    ("quickstart", "cifar100"): "84b1d5f3225d",
+    ("quickstart", "cifar10"): "fe8fa28786dc",
+    ("quickstart", "digits"): "09c28c7cc66b",
+}
+
+
+@pytest.mark.parametrize(("preset", "source"), KEYS)
+def test_runs_of_the_built_in_sources_keep_their_keys(preset: str, source: str) -> None:
+    config = with_source(PRESETS[preset](), source)
+    assert Run(TASKS, config, Storage("unused")).keys["report"][:12] == KEYS[preset, source]
+
+
+def test_what_was_added_later_is_keyed_once_it_is_given() -> None:
+    config = config_of("--train.class-weights", "balanced", "--model.conv-channel-growth", "2")
+    assert keyed(config.train)["class_weights"] == "balanced"
+    assert keyed(config.model)["conv_channel_growth"] == 2
+
+
+def test_a_preset_for_larger_images_has_a_longer_stem_and_larger_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(SOURCES["cifar10"], image_shape=(224, 224, 1), num_classes=500)
+    monkeypatch.setitem(SOURCES, "cifar10", large)
+    config = with_source(cifar100(), "cifar10")
+    assert (config.model.num_conv_layers, config.model.num_inputs, config.model.num_latents) == (4, 196, 32)
+    assert config.train.random_crop_padding == 28
 
 
 def test_xla_is_keyed_for_it_rounds_otherwise() -> None:

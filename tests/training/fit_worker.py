@@ -73,7 +73,7 @@ def main(orders: dict[str, Any]) -> None:
         tf.config.experimental.enable_op_determinism()
     try:
         # 101 validation rows in batches of 50: the last batch has one row, so that one of two workers gets none.
-        fit(model, train, rows(0, 1000), rows(1000, 1101), worker)
+        fit(model, train, rows(0, 1000), rows(1000, 1101), worker, orders.get("class_counts"))
     except Interrupted:
         print("interrupted")
 

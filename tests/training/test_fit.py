@@ -149,6 +149,14 @@ def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
     assert_same_training(one, two, 1e-5, without="key/bias")
 
 
+def test_two_workers_train_as_one_does_with_weights_of_the_classes(run: Run) -> None:
+    weighted = {"class_weights": "balanced", "cutmix": 0.5, "label_smoothing": 0.1}
+    counts = {"class_counts": [910, *[10] * 9]}  # those of other rows, so that the weights differ: 0.11 and 10
+    one, two = run(1, weighted, **counts), run(2, weighted, **counts)
+    assert_same_training(one, two, 1e-4)
+    assert history(one)[0]["loss"] > 2 * history(run(1, weighted | {"class_weights": "none"}))[0]["loss"]
+
+
 @pytest.mark.parametrize("num_workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that_was_not(
     run: Run, num_workers: int

@@ -12,7 +12,14 @@ from tiny_perceivers import TINY
 from perceiver import Perceiver
 from pipeline.training.config import TrainingConfig
 from pipeline.training.muon import Muon
-from pipeline.training.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, learning_rate, optimizer
+from pipeline.training.optimization import (
+    Accuracy,
+    SmoothedCrossEntropy,
+    TopKAccuracy,
+    balanced_weights,
+    learning_rate,
+    optimizer,
+)
 
 OptimizerName = Literal["adam", "adamw", "lamb", "muon", "sgd"]
 CONFIG = TrainingConfig(learning_rate=0.1, learning_rate_schedule="constant", weight_decay=0.5)
@@ -91,6 +98,48 @@ def test_smoothing_is_that_of_one_hot_labels() -> None:
             np.testing.assert_allclose(found(truth, logits), expected(truth, logits), rtol=1e-6)
         np.testing.assert_allclose(found(labels, logits), expected(np.eye(5)[labels], logits), rtol=1e-6)
     assert SmoothedCrossEntropy.from_config(SmoothedCrossEntropy(0.2).get_config()).label_smoothing == 0.2
+
+
+def test_classes_with_balanced_weights_count_alike() -> None:
+    counts = [600, 30, 0, 10]
+    weights = balanced_weights(counts)
+    assert [weight * count for weight, count in zip(weights, counts, strict=True)] == pytest.approx(
+        [640 / 3, 640 / 3, 0, 640 / 3]
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_weighted_losses_and_gradients_are_those_of_the_plain_formula(mixed: bool, smoothing: float) -> None:
+    """The loss of each class as the label, times its weight, times its share of the image."""
+    random, weights = np.random.default_rng(0), [0.2, 3.0, 1.0, 0.0, 0.7]
+    one_hot = np.eye(5, dtype="float32")
+    shares = random.dirichlet(np.ones(5), 7).astype("float32") if mixed else one_hot[[0, 1, 1, 3, 2, 4, 0]]
+    logits = tf.Variable(random.normal(size=(7, 5)).astype("float32"))
+    truth = shares if mixed else shares.argmax(axis=1).astype("int32")
+    with tf.GradientTape(persistent=True) as tape:
+        found = SmoothedCrossEntropy(smoothing, weights)(truth, logits)
+        plain = [
+            keras.losses.categorical_crossentropy(
+                np.tile(one_hot[k], (7, 1)), logits, from_logits=True, label_smoothing=smoothing
+            )
+            for k in range(5)
+        ]
+        expected = sum(tf.reduce_mean(weights[k] * shares[:, k] * plain[k]) for k in range(5))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(tape.gradient(found, logits), tape.gradient(expected, logits), atol=1e-6)
+
+
+def test_without_weights_of_classes_the_loss_has_the_bits_of_keras() -> None:
+    random = np.random.default_rng(0)
+    logits = tf.constant(random.normal(size=(64, 5)).astype("float32"))
+    labels = random.integers(0, 5, 64)
+    expected = keras.losses.categorical_crossentropy(
+        keras.ops.one_hot(labels, 5, dtype="float32") * (1 - 0.1) + 0.1 / 5, logits, from_logits=True
+    )
+    np.testing.assert_array_equal(SmoothedCrossEntropy(0.1, reduction=None)(labels, logits), expected)
+    again = SmoothedCrossEntropy.from_config(SmoothedCrossEntropy(0.1, [1, 2]).get_config())
+    assert (again.label_smoothing, again.class_weights) == (0.1, [1, 2])
 
 
 def test_of_a_mixed_image_the_larger_part_is_the_label() -> None:
