@@ -90,8 +90,8 @@ class Storage:
         return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
     def read_bytes(self, path: str) -> bytes:
-        with self.filesystem.open_input_stream(self.fs_path(path)) as stream:
-            return stream.read()
+        with self.filesystem.open_input_file(self.fs_path(path)) as file:
+            return file.read()  # at once; a stream of unknown length would be read in pieces of 16 KiB
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Writes the whole file or nothing: an object appears once complete, a local file is renamed into place.

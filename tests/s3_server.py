@@ -77,9 +77,12 @@ class S3Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self.kill()
+        self._log.close()
+
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._log.close()
 
     def _make_bucket(self) -> None:
         import pyarrow.fs as pafs

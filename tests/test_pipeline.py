@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.data.shards import read_rows
 from pipeline.evaluation.metrics import softmax
 from pipeline.evaluation.predictions import read_predictions
 from pipeline.storage import Storage
@@ -166,12 +167,10 @@ def test_the_registered_model_predicts_elsewhere_what_evaluate_saw(runs: Runs, t
     evaluated = manifest(runs, "evaluate")["output"]
     predictions = read_predictions(evaluated["predictions"]["test"], Storage(str(runs.storage)))
     shards = manifest(runs, "preprocess")["output"]["splits"]["test"]["shards"]
+    rows = [read_rows(shard, Storage(str(runs.storage))) for shard in shards]
+    order = np.argsort(np.concatenate([part.row_ids for part in rows]))
     images = tmp_path / "images.npy"
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.concat_tables([pq.read_table(runs.storage / shard["path"]) for shard in shards]).sort_by("row_id")
-    np.save(images, table["image"].combine_chunks().to_numpy_ndarray())
+    np.save(images, np.concatenate([part.images for part in rows])[order])
     code = (
         "import sys, numpy as np, mlflow\n"
         f"sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"

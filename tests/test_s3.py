@@ -9,9 +9,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from s3_server import S3Server
 
+from pipeline.data import shard_reader
+from pipeline.data.rows import Rows
+from pipeline.data.shard_reader import ShardReader, ShardUnavailableError
+from pipeline.data.shards import write_rows
+from pipeline.data.streamed_rows import StreamedRows
 from pipeline.storage import Storage
 from pipeline.workflow.lease import Lease
 
@@ -106,3 +112,26 @@ def test_the_whole_pipeline(storage: Storage, tmp_path: Path) -> None:
         assert {task["state"] for task in summary["tasks"].values()} == {state}
     assert summary["search"]["num_trials"] == 2
     assert summary["model"]["uri"] == "models:/perceiver/1"
+
+
+def test_shards_are_streamed_and_a_store_that_is_gone_is_named(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    with S3Server(tmp_path / "own") as own:
+        storage = Storage(own.uri.replace("?", "/streamed?"))
+        parts = [Rows.of(random.integers(0, 256, (200, 32, 32, 3), np.uint8), np.arange(200)) for _ in range(8)]
+        shards = [write_rows(part, storage, f"train/{number}.parquet") for number, part in enumerate(parts)]
+        data = StreamedRows(ShardReader(storage), shards, (32, 32, 3), 4 * 200 * 3072)
+        batches = data.global_batches(32, 0, slice(0, 32), epoch=0, step=0)
+        for _ in range(60):  # more than an epoch
+            rows = next(batches)[2].take(slice(0, 32))
+            pixels = [
+                sum((part.images[label] == image).all() for part in parts)
+                for label, image in zip(rows.labels, rows.images, strict=True)
+            ]
+            assert pixels == [1] * 32
+        own.kill()
+        monkeypatch.setattr(shard_reader, "TRIES", 2)
+        with pytest.raises(ShardUnavailableError, match=r"streamed/train/.\.parquet.* could not be read in 2 tries: "):
+            list(batches)

@@ -12,5 +12,11 @@ preprocess.py    validates, splits and shuffles the rows into shards with Ray Da
 rows.py          `Rows`: labelled images in memory; stratified splits; digests of rows
 shards.py        writes and reads the Parquet file of a shard
 ray_rows.py      reads many shards with Ray Data
+order.py         the order of the rows of an epoch, as a whole or through a window of shards
+shard_reader.py  reads verified shards from storage, some before they are needed
+shard_cache.py   shards on the disk of a host
+streamed_rows.py the rows of a split that is read from its shards as a training goes on
+sharded_rows.py  the rows of a split whose pixels stay in its shards, for evaluation
+split.py         opens a split in memory or in its shards
 image_files.py   reads images of one's own for batch inference: folders, Parquet files, npz files
 """

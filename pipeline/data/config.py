@@ -21,7 +21,7 @@ class DatasetConfig:
     test_fraction: float = 0.2
     """Share of the rows of each class that is kept for the test, where the source has no test split (`digits`)."""
     num_shards: int = 16
-    """Parquet shards of the training rows."""
+    """Parquet shards of the training rows; more where a shard would have over 16 MiB of pixels."""
     seed: int = 0
     """Seed of the splits and of the order of rows in the shards."""
 

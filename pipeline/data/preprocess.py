@@ -17,7 +17,9 @@ from pipeline.data.shards import from_table, write_rows
 from pipeline.storage import Storage
 
 _EVALUATION_SHARDS = 4
-"""Shards of the validation and of the test split."""
+"""Shards of the validation and of the test split, or more of them."""
+_MOST_SHARD_BYTES = 16 * 2**20
+"""Pixels of a shard; a worker that streams holds a few shards at a time."""
 _WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 
 
@@ -56,10 +58,11 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
             "validation": ("train", validation, _EVALUATION_SHARDS),
             "test": ("test", np.arange(len(labels["test"])), _EVALUATION_SHARDS),
         }
+        row_bytes = int(np.prod(ingested["image_shape"]))
         shards = [
             _Shard(split, source, part, storage.join(out, split, f"{number:05d}.parquet"))
             for split, (source, row_ids, num_shards) in splits.items()
-            for number, part in enumerate(_shuffled_parts(row_ids, num_shards, config.seed))
+            for number, part in enumerate(_shuffled_parts(row_ids, num_shards, row_bytes, config.seed))
         ]
         placed = [part.map_batches(_placing(shards, name), **_WHOLE_BLOCKS) for name, part in rows.items()]
         write = functools.partial(_write_shard, storage=storage, paths=[shard.path for shard in shards])
@@ -94,9 +97,10 @@ class _Shard:
     path: str
 
 
-def _shuffled_parts(row_ids: np.ndarray, num_parts: int, seed: int) -> list[np.ndarray]:
+def _shuffled_parts(row_ids: np.ndarray, least_parts: int, row_bytes: int, seed: int) -> list[np.ndarray]:
     order = np.random.default_rng([seed, 1]).permutation(row_ids)
-    return np.array_split(order, min(num_parts, len(order)))
+    rows = max(1, _MOST_SHARD_BYTES // row_bytes)
+    return np.array_split(order, min(max(least_parts, -(-len(order) // rows)), len(order)))
 
 
 def _placing(shards: list[_Shard], source: str) -> Callable[[pa.Table], pa.Table]:

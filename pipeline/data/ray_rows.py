@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import ray.exceptions
 from ray.data.context import ShuffleStrategy
 from ray.data.dataset import MaterializedDataset
 
 from pipeline.data.rows import Rows
+from pipeline.data.shards import read_table
 from pipeline.storage import CorruptFileError, Storage
 
 _READ_ROWS = 4096
@@ -47,7 +47,7 @@ def _read_file(batch: dict[str, np.ndarray], storage: Storage) -> pa.Table:
         data = storage.read_verified({name: str(batch[name][0]) for name in ("path", "sha256")})
     except CorruptFileError as error:
         raise CorruptShardError(*error.args) from error
-    return pq.read_table(pa.BufferReader(data))
+    return read_table(data)
 
 
 def read_split(manifest: dict[str, Any], split: str, storage: Storage) -> ray.data.Dataset:

@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+from pipeline.data.order import epoch_order
+
+
+class GlobalBatch(Protocol):
+    """The rows of a global batch, of which a rank takes its own before it asks for the next batch."""
+
+    @property
+    def groups(self) -> int:
+        """Number of equal parts of the batch within which a rank can take rows beside its own."""
+
+    def take(self, positions: np.ndarray | slice) -> Rows:
+        """The rows at these positions of the global batch, in this order, as new arrays."""
+
+
+class RowSource(Protocol):
+    """The rows of a split, in memory or read from shards as they are needed."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+
+    def __len__(self) -> int: ...
+
+    def global_batches(
+        self, size: int, seed: int, own: slice, *, epoch: int, step: int
+    ) -> Iterator[tuple[int, int, GlobalBatch]]:
+        """The global batches from a step of an epoch on, without end.
+
+        Args:
+            size: Rows of a global batch.
+            seed: Seed of the order.
+            own: The slice of every global batch whose rows, with the groups that it touches, can be taken.
+            epoch: Number of the epoch, from 0.
+            step: Number of the first batch in it.
+
+        Yields:
+            Epoch, step, and the batch.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,6 +84,33 @@ class Rows:
         """
         coarse = None if self.coarse_labels is None else self.coarse_labels[positions]
         return Rows(self.row_ids[positions], self.images[positions], self.labels[positions], coarse)
+
+    def global_batches(
+        self, size: int, seed: int, own: slice, *, epoch: int, step: int
+    ) -> Iterator[tuple[int, int, GlobalBatch]]:
+        """See `RowSource`; all rows are permuted as a whole, and a rank can take any row of a batch."""
+        while True:
+            order = epoch_order(len(self), seed, epoch)
+            for batch in range(step, len(self) // size):
+                yield epoch, batch, _BatchInMemory(self, order[batch * size : (batch + 1) * size])
+            epoch, step = epoch + 1, 0
+
+    def parts(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All images uint8 (b, H, W, C), at most `size` at a time, each time after their positions int (b,)."""
+        for start in range(0, len(self), size):
+            positions = np.arange(start, min(start + size, len(self)))
+            yield positions, self.images[start : start + size]
+
+
+@dataclass(frozen=True)
+class _BatchInMemory:
+    rows: Rows
+    order: np.ndarray
+    """int64 (G,): positions of the batch's rows."""
+    groups: int = 1
+
+    def take(self, positions: np.ndarray | slice) -> Rows:
+        return self.rows.take(self.order[positions])
 
 
 @dataclass(frozen=True)

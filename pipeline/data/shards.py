@@ -1,17 +1,23 @@
 """The Parquet files in which rows are kept.
 
-A file holds `row_id` int64 (index of the row in the source's split), `image` uint8 as Arrow's fixed-shape tensor
-[H, W, C], `label` int32 and, where the source has one, `coarse_label` int32.
+A file holds `row_id` int64 (index of the row in the source's split), `image` as fixed-width binary of H * W * C bytes
+with the shape in the metadata of the schema, `label` int32 and, where the source has one, `coarse_label` int32. Files
+of earlier versions hold `image` as uint8 in Arrow's fixed-shape tensor [H, W, C], which is read twenty times as
+slowly; they are read too.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.rows import Rows
 from pipeline.storage import Storage
+
+_SHAPE = b"image_shape"
 
 
 def write_rows(rows: Rows, storage: Storage, path: str) -> dict[str, Any]:
@@ -20,16 +26,19 @@ def write_rows(rows: Rows, storage: Storage, path: str) -> dict[str, Any]:
     Returns:
         The manifest entry of the file, `{path, rows, sha256}`.
     """
+    pixels = np.ascontiguousarray(rows.images).reshape(len(rows), -1).view(np.uint8)
+    width = pa.binary(pixels.shape[1])
     columns = {
         "row_id": pa.array(rows.row_ids, pa.int64()),
-        "image": pa.FixedShapeTensorArray.from_numpy_ndarray(rows.images),
+        "image": pa.FixedSizeBinaryArray.from_buffers(width, len(rows), [None, pa.py_buffer(pixels)]),
         "label": pa.array(rows.labels, pa.int32()),
     }
     if rows.coarse_labels is not None:
         columns["coarse_label"] = pa.array(rows.coarse_labels, pa.int32())
+    table = pa.table(columns).replace_schema_metadata({_SHAPE: json.dumps(rows.image_shape)})
     sink = pa.BufferOutputStream()
-    # Parquet has no uint8 and stores each pixel in four bytes; dictionary encoding, the default, makes it one again.
-    pq.write_table(pa.table(columns), sink, compression="zstd")
+    others = [name for name in columns if name != "image"]
+    pq.write_table(table, sink, compression="zstd", use_dictionary=others, write_statistics=others)
     return {"rows": len(rows)} | storage.write_verified(path, sink.getvalue().to_pybytes())
 
 
@@ -39,11 +48,39 @@ def read_rows(entry: Mapping[str, Any], storage: Storage) -> Rows:
     Raises:
         CorruptFileError: if the file is missing or has other bytes than the entry names.
     """
-    return from_table(pq.read_table(pa.BufferReader(storage.read_verified(entry))))
+    return from_table(read_table(storage.read_verified(entry)))
+
+
+def read_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a shard's bytes, with the images as a fixed-shape tensor whichever way they are kept.
+
+    Args:
+        data: The whole file.
+        columns: Names of the columns to read; those that it lacks are left out. None reads all.
+    """
+    table = pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
+    metadata = table.schema.metadata or {}
+    if _SHAPE not in metadata or "image" not in table.column_names:
+        return table
+    shape, position = json.loads(metadata[_SHAPE]), table.column_names.index("image")
+    size = int(np.prod(shape))
+    if table.schema.field(position).type != pa.binary(size):
+        return table  # no bytes of one pixel each: whoever expects images says what he has found
+    parts = [_tensor(part, shape, size) for part in table["image"].chunks]
+    tensor = pa.fixed_shape_tensor(pa.uint8(), shape)
+    return table.set_column(position, "image", pa.chunked_array(parts, tensor)).replace_schema_metadata(None)
+
+
+def _tensor(images: pa.FixedSizeBinaryArray, shape: list[int], size: int) -> pa.FixedShapeTensorArray:
+    """The same bytes under another type."""
+    buffers = [None, images.buffers()[1]]
+    pixels = pa.Array.from_buffers(pa.uint8(), len(images) * size, buffers, offset=images.offset * size)
+    values = pa.FixedSizeListArray.from_arrays(pixels, size)
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), values)
 
 
 def from_table(table: pa.Table) -> Rows:
-    """The rows of a table with the columns of a shard."""
+    """The rows of a table with the columns of a shard and its images as a fixed-shape tensor."""
     coarse = table["coarse_label"].to_numpy() if "coarse_label" in table.column_names else None
     images = table["image"].combine_chunks().to_numpy_ndarray()
     return Rows(table["row_id"].to_numpy(), images, table["label"].to_numpy(), coarse)

@@ -16,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 
 from perceiver.model import Perceiver, attention_maps
 from pipeline.data.rows import Rows
+from pipeline.data.sharded_rows import ShardedRows
 from pipeline.evaluation.calibration import fit_temperature, reliability
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.corruptions import CORRUPTIONS, corrupt
@@ -78,10 +79,22 @@ def logits_of(apply: Apply, images: np.ndarray) -> np.ndarray:
     return np.concatenate([apply(images[i : i + BATCH_SIZE]) for i in range(0, len(images), BATCH_SIZE)])
 
 
+def logits_of_rows(apply: Apply, rows: Rows | ShardedRows) -> np.ndarray:
+    """Logits float32 (N, K) of all rows, in order of `row_ids`; of sharded rows one shard is in memory at a time."""
+    logits = None
+    for positions, images in rows.parts(BATCH_SIZE):
+        part = apply(images)
+        if logits is None:
+            logits = np.empty((len(rows), part.shape[1]), part.dtype)
+        logits[positions] = part
+    assert logits is not None
+    return logits
+
+
 def evaluate(
     model: Perceiver,
-    test: Rows,
-    validation: Rows,
+    test: Rows | ShardedRows,
+    validation: Rows | ShardedRows,
     config: EvaluationConfig,
     label_names: list[str],
     coarse_label_names: list[str] | None = None,
@@ -96,8 +109,8 @@ def evaluate(
     Raises:
         ValueError: if a logit is not finite.
     """
-    apply = compiled(model, test.images.shape[1:])
-    logits, validation_logits = logits_of(apply, test.images), logits_of(apply, validation.images)
+    apply = compiled(model, test.image_shape)
+    logits, validation_logits = logits_of_rows(apply, test), logits_of_rows(apply, validation)
     validation_scores, test_scores = scores(validation_logits, validation.labels), scores(logits, test.labels)
     temperature = fit_temperature(validation_logits, validation.labels)
     probabilities = softmax(logits, temperature)
@@ -119,7 +132,7 @@ def evaluate(
             "after": reliability(probabilities, test.labels, config.calibration_bins),
         },
         "robustness": _robustness(apply, test, logits, config) if config.corruption_rows else None,
-        "speed": measure_speed(apply, test.images, config.latency_calls),
+        "speed": measure_speed(apply, test.take(np.arange(min(BATCH_SIZE, len(test)))).images, config.latency_calls),
         "slices": _slices(probabilities, test, confusion, config.confident_mistakes),
     }
     return Evaluation(
@@ -157,7 +170,7 @@ def _seconds(apply: Apply, images: np.ndarray, calls: int) -> list[float]:
     return seconds
 
 
-def _superclasses(logits: np.ndarray, test: Rows, num_classes: int) -> dict[str, Any]:
+def _superclasses(logits: np.ndarray, test: Rows | ShardedRows, num_classes: int) -> dict[str, Any]:
     """Accuracy on superclasses; the superclass of a prediction is that of the predicted class."""
     assert test.coarse_labels is not None
     of_class = superclass_of_class(test.labels, test.coarse_labels, num_classes)
@@ -174,7 +187,7 @@ def _superclasses(logits: np.ndarray, test: Rows, num_classes: int) -> dict[str,
     }
 
 
-def _robustness(apply: Apply, test: Rows, logits: np.ndarray, config: EvaluationConfig) -> dict[str, Any]:
+def _robustness(apply: Apply, test: Rows | ShardedRows, logits: np.ndarray, config: EvaluationConfig) -> dict[str, Any]:
     """Top-1 accuracy on corrupted copies of a random subset, and on the same rows without corruption."""
     count = min(config.corruption_rows, len(test.labels))
     positions = np.sort(np.random.default_rng(config.seed).permutation(len(test.labels))[:count])
@@ -195,7 +208,9 @@ def _robustness(apply: Apply, test: Rows, logits: np.ndarray, config: Evaluation
     }
 
 
-def _slices(probabilities: np.ndarray, test: Rows, confusion: np.ndarray, mistakes: int) -> dict[str, Any]:
+def _slices(
+    probabilities: np.ndarray, test: Rows | ShardedRows, confusion: np.ndarray, mistakes: int
+) -> dict[str, Any]:
     """The classes, rows and confusions that the report shows."""
 
     def rows(positions: list[int]) -> list[dict[str, Any]]:
@@ -227,16 +242,18 @@ def _slices(probabilities: np.ndarray, test: Rows, confusion: np.ndarray, mistak
     }
 
 
-def _pictures(model: Perceiver, test: Rows, probabilities: np.ndarray, found: dict[str, Any]) -> dict[str, np.ndarray]:
+def _pictures(
+    model: Perceiver, test: Rows | ShardedRows, probabilities: np.ndarray, found: dict[str, Any]
+) -> dict[str, np.ndarray]:
     """`Evaluation.pictures`, for the rows that `_slices` has `found`."""
     hits = most_confident(probabilities, test.labels, len(test.labels), right=True)
     looked_at = different_classes(hits, test.labels, ATTENTION_IMAGES)
     named = [*found["confident_mistakes"]]
     named += [row for kind in ("worst_classes", "best_classes") for entry in found[kind] for row in entry["examples"]]
     positions = np.unique([*np.searchsorted(test.row_ids, [row["row_id"] for row in named]), *looked_at]).astype(int)
-    # One image at a time: the maps of a large model, (iterations, heads, latents, rows, columns), take tens of MB each.
-    maps = [attention_maps(model, test.images[p : p + 1])[:, 0] for p in looked_at]
     rows = test.take(positions)
+    # One image at a time: the maps of a large model, (iterations, heads, latents, rows, columns), take tens of MB each.
+    maps = [attention_maps(model, rows.images[p : p + 1])[:, 0] for p in np.searchsorted(positions, looked_at)]
     pictures = {"row_ids": rows.row_ids, "images": rows.images, "labels": rows.labels}
     if maps:  # none if the model classifies no row correctly
         latents = np.linspace(0, maps[0].shape[2] - 1, min(ATTENTION_LATENTS, maps[0].shape[2])).astype(int)

@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
-from pipeline.data.ray_rows import materialize_split, to_rows
+from pipeline.data.order import MIB
 from pipeline.data.rows import Rows, stratified_split
+from pipeline.data.split import open_split
 from pipeline.fields import keyed
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.events import TrialChanged
@@ -37,7 +39,7 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
     storage.write_json(f"{folder}/{COMPARABLE_FILE}", digest)
     train = context.config.trial_training()
     in_process = settings.workers_per_trial == 1
-    rows = [_rows(context, split) for split in SPLITS] if in_process else []
+    rows = [trial_rows(context, split) for split in SPLITS] if in_process else []
     training = TrialTraining(
         space.model, train, context.inputs["preprocess"], ray.put(rows), storage, f"{context.state}/checkpoints"
     )
@@ -72,15 +74,27 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
     return found | {"figures": _figures(context, space, [Trial.from_dict(row) for row in found["trials"]])}
 
 
-def _rows(context: Context, split: str) -> Rows:
-    """The rows of a split on which trials are trained or judged."""
-    settings = context.config.search
-    rows = to_rows(materialize_split(context.inputs["preprocess"], split, context.storage))
+def trial_rows(context: Context, split: str) -> Rows:
+    """The rows of a split on which trials are trained or judged.
+
+    Raises:
+        ValueError: if all rows are wanted and do not fit the shuffle window; names the number that does.
+    """
+    settings, manifest = context.config.search, context.inputs["preprocess"]
+    window_mb = context.config.train.shuffle_window_mb
+    rows = open_split(manifest, split, context.storage, window_mb)
     wanted = settings.train_rows if split == "train" else settings.validation_rows
-    if not 0 < wanted < len(rows):
+    if 0 < wanted < len(rows):
+        _, some = stratified_split(rows.labels, wanted / len(rows), context.config.data.seed)
+        return rows.take(some)
+    if isinstance(rows, Rows):
         return rows
-    _, some = stratified_split(rows.labels, wanted / len(rows), context.config.data.seed)
-    return rows.take(some)
+    most = window_mb * MIB // int(np.prod(manifest["image_shape"]))
+    raise ValueError(
+        f"search.{split}_rows = {wanted}, but the {len(rows):,} rows of {split} do not fit train.shuffle_window_mb = "
+        f"{window_mb}, and a trial in one process holds its rows in memory: give at most "
+        f"--search.{split}-rows {most}, or --search.workers-per-trial 2, which streams them"
+    )
 
 
 def _comparable(context: Context, space: Space) -> str:

@@ -78,12 +78,13 @@ def evaluate(context: Context) -> dict[str, Any]:
     import numpy as np
 
     import perceiver.model  # noqa: F401  registers its classes with Keras
-    from pipeline.data.ray_rows import materialize_split, to_rows
+    from pipeline.data.split import open_split
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.predictions import write_predictions
 
     manifest, storage, out = context.inputs["preprocess"], context.storage, context.out
-    test, validation = (to_rows(materialize_split(manifest, split, storage)) for split in ("test", "validation"))
+    window_mb = context.config.train.shuffle_window_mb
+    test, validation = (open_split(manifest, split, storage, window_mb) for split in ("test", "validation"))
     with tempfile.TemporaryDirectory() as folder:
         model = keras.saving.load_model(_fetch_model(context, folder), compile=False)
     found = evaluate(

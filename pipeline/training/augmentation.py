@@ -92,7 +92,7 @@ class CutMix:
     """Height and width of an image."""
 
     @classmethod
-    def draw(cls, count: int, size: tuple[int, int], rng: np.random.Generator, share: float) -> CutMix:
+    def draw(cls, count: int, size: tuple[int, int], rng: np.random.Generator, share: float, groups: int = 1) -> CutMix:
         """Draws boxes as in the paper with alpha = 1: areas uniform in [0, 1], centres anywhere, clipped to the image.
 
         Args:
@@ -100,8 +100,12 @@ class CutMix:
             size: Height and width of an image.
             rng: Random generator.
             share: Probability that an image is mixed.
+            groups: Number of equal parts of the batch; the partner of an image is in the same part.
         """
-        partners = rng.permutation(count)
+        if groups == 1:
+            partners = rng.permutation(count)
+        else:
+            partners = rng.permuted(np.arange(count).reshape(groups, -1), axis=1).reshape(-1)
         is_mixed = rng.random(count) < share
         half_sides = np.sqrt(rng.random(count) * is_mixed)[:, None] * size / 2
         middles = rng.random((count, 2)) * size

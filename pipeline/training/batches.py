@@ -1,7 +1,7 @@
 """Which rows a worker trains on at which step, and its augmented batches.
 
 Everything follows from (seed, epoch, step): the rows that a model sees depend neither on the number of workers nor on
-where a run was interrupted. Every worker holds all rows; 50,000 images of 32 x 32 x 3 take 154 MB.
+where a run was interrupted. `pipeline.data.order` says in which order the rows are trained.
 """
 
 from __future__ import annotations
@@ -10,14 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.data.rows import Rows
+from pipeline.data.rows import RowSource
 from pipeline.training.augmentation import Augmentation, CutMix
 from pipeline.training.config import TrainingConfig
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch visits the rows: a permutation, int64 (num_rows,)."""
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
@@ -37,7 +32,7 @@ def steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
 
 
 def train_batches(
-    data: Rows,
+    data: RowSource,
     settings: TrainingConfig,
     num_classes: int,
     *,
@@ -48,9 +43,9 @@ def train_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless augmented batches of one worker, from (epoch, step) on.
 
-    Global batch b of an epoch is `epoch_order(...)[b * G : (b + 1) * G]`, and rank r takes the r-th of `num_workers`
-    equal slices of it. The random numbers of the augmentation are drawn for the global batch on every rank, which costs
-    microseconds and makes the batches of all ranks together the same for any number of workers.
+    Rank r takes the r-th of `num_workers` equal slices of each global batch. The random numbers of the augmentation are
+    drawn for the global batch on every rank, which costs microseconds and makes the batches of all ranks together the
+    same for any number of workers.
 
     Yields:
         Images uint8 (G / num_workers, H, W, C) and labels int32 (G / num_workers,); with `settings.cutmix` instead of
@@ -68,39 +63,29 @@ def train_batches(
     num_steps = steps_per_epoch(len(data), size)
     epoch, step = epoch + step // num_steps, step % num_steps
     own = slice(rank * (size // num_workers), (rank + 1) * (size // num_workers))
-    return _endless(data, settings, num_classes, own, num_steps, epoch, step)
+    return _endless(data, settings, num_classes, own, epoch, step)
 
 
 def _endless(
-    data: Rows,
-    settings: TrainingConfig,
-    num_classes: int,
-    own: slice,
-    num_steps: int,
-    epoch: int,
-    step: int,
+    data: RowSource, settings: TrainingConfig, num_classes: int, own: slice, epoch: int, step: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     size = settings.global_batch_size
-    while True:
-        order = epoch_order(len(data), settings.seed, epoch)
-        for batch in range(step, num_steps):
-            rows = order[batch * size : (batch + 1) * size]
-            rng = np.random.default_rng([settings.seed, epoch, batch])
-            augmentation = Augmentation.draw(size, rng, settings)
-            taken = data.take(rows[own])
-            images, labels = augmentation.rows(own).apply(taken.images), taken.labels
-            if settings.cutmix:
-                mix = CutMix.draw(size, data.image_shape[:2], rng, settings.cutmix).rows(own)
-                mixed = mix.mixed()
-                partners = mix.partners[mixed]
-                others = data.take(rows[partners])
-                pieces = augmentation.rows(partners).apply(others.images)
-                images[mixed] = np.where(mix.rows(mixed).masks(), pieces, images[mixed])
-                other_labels = labels.copy()  # an image that is not mixed has no share of another class
-                other_labels[mixed] = others.labels
-                labels = mix.targets(labels, other_labels, num_classes)
-            yield images, labels
-        epoch, step = epoch + 1, 0
+    for at_epoch, at_step, batch in data.global_batches(size, settings.seed, own, epoch=epoch, step=step):
+        rng = np.random.default_rng([settings.seed, at_epoch, at_step])
+        augmentation = Augmentation.draw(size, rng, settings)
+        taken = batch.take(own)
+        images, labels = augmentation.rows(own).apply(taken.images), taken.labels
+        if settings.cutmix:
+            mix = CutMix.draw(size, data.image_shape[:2], rng, settings.cutmix, batch.groups).rows(own)
+            mixed = mix.mixed()
+            partners = mix.partners[mixed]
+            others = batch.take(partners)
+            pieces = augmentation.rows(partners).apply(others.images)
+            images[mixed] = np.where(mix.rows(mixed).masks(), pieces, images[mixed])
+            other_labels = labels.copy()  # an image that is not mixed has no share of another class
+            other_labels[mixed] = others.labels
+            labels = mix.targets(labels, other_labels, num_classes)
+        yield images, labels
 
 
 def evaluation_slices(num_rows: int, batch_size: int, *, rank: int = 0, num_workers: int = 1) -> np.ndarray:

@@ -86,6 +86,12 @@ class TrainingConfig:
     """Factors on the loss of the rows of each class; `balanced` makes every class count alike, however few its rows."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy."""
+    shuffle_window_mb: int = field(default=1024, metadata=ADDED_LATER)
+    """MiB of pixels that are shuffled at a time; with more training rows than that, workers stream their shards."""
+    cache: str | None = field(default=None, metadata=EXECUTION)
+    """Folder on each host's disk, from / on, that keeps streamed shards; None: every epoch reads the storage."""
+    cache_gb: float = field(default=10.0, metadata=EXECUTION)
+    """Most that `cache` holds, in GB; further shards are read from the storage."""
     jit_compile: bool = False
     """XLA for the forward and backward pass; the collectives stay outside."""
     seed: int = 0
@@ -102,11 +108,16 @@ class TrainingConfig:
             "checkpoints_kept",
             "plateau_patience",
             "early_stopping_patience",
+            "shuffle_window_mb",
         ):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "give at least 1")
         for name in ("max_failures", "random_crop_padding", "checkpoint_every_steps"):
             require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "give 0 or more")
         require(0 <= self.seed < 2**31, "train.seed", self.seed, "give a number in [0, 2**31)")
+        require(0 < self.cache_gb < math.inf, "train.cache_gb", self.cache_gb, "give a positive number")
+        # Workers have working directories of their own.
+        rooted = self.cache is None or self.cache.startswith(("/", "~"))
+        require(rooted, "train.cache", self.cache, "give a folder from / or ~ on, or leave it out")
         require(0 < self.learning_rate < math.inf, "train.learning_rate", self.learning_rate, "give a positive number")
         cpus = self.cpus_per_worker
         require(0.001 <= cpus < math.inf, "train.cpus_per_worker", cpus, "give at least 0.001")

@@ -16,7 +16,8 @@ from perceiver.config import PerceiverConfig
 from perceiver.cost import macs_per_image
 from perceiver.model import Perceiver
 from pipeline import multiworker
-from pipeline.data.rows import Rows
+from pipeline.data.rows import Rows, RowSource
+from pipeline.data.streamed_rows import StreamedRows
 from pipeline.training import checkpoint
 from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint import TrainingState
@@ -40,8 +41,8 @@ MODEL_FILE = "model.keras"
 def fit(
     model_config: PerceiverConfig,
     config: TrainingConfig,
-    train: Rows,
-    validation: Rows,
+    train: RowSource,
+    validation: Rows | StreamedRows,
     worker: Worker,
     class_counts: Sequence[int] | None = None,
 ) -> None:

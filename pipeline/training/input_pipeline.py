@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from pipeline.data.rows import Rows
+from pipeline.data.rows import Rows, RowSource
+from pipeline.data.streamed_rows import StreamedRows
 from pipeline.training.batches import evaluation_slices, train_batches
 from pipeline.training.config import TrainingConfig
 
@@ -10,7 +11,7 @@ PREFETCHED_BATCHES = 4
 
 
 def training_dataset(
-    train: Rows,
+    train: RowSource,
     config: TrainingConfig,
     num_classes: int,
     *,
@@ -31,9 +32,15 @@ def training_dataset(
     return batches.repeat().prefetch(PREFETCHED_BATCHES).with_options(_untuned())
 
 
-def validation_dataset(validation: Rows, batch_size: int, *, rank: int = 0, num_workers: int = 1) -> tf.data.Dataset:
+def validation_dataset(
+    validation: Rows | StreamedRows, batch_size: int, *, rank: int = 0, num_workers: int = 1
+) -> tf.data.Dataset:
     """The batches of `evaluation_slices`, repeated without end: images uint8 (b, H, W, C) and labels int32 (b,)."""
     slices = evaluation_slices(len(validation), batch_size, rank=rank, num_workers=num_workers)
+    if isinstance(validation, StreamedRows):
+        signature = (tf.TensorSpec((None, *validation.image_shape), tf.uint8), tf.TensorSpec((None,), tf.int32))
+        streamed = tf.data.Dataset.from_generator(lambda: validation.in_order(slices), output_signature=signature)
+        return streamed.repeat().prefetch(PREFETCHED_BATCHES).with_options(_untuned())
     with tf.device("CPU"):
         images, labels = tf.constant(validation.images), tf.constant(validation.labels)
     return (

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
+from pipeline.data.streamed_rows import StreamedRows
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
 from pipeline.workflow.task import StoppedEarly
@@ -17,8 +18,8 @@ class TrainingError(RuntimeError):
 def train_in_process(
     model: PerceiverConfig,
     config: TrainingConfig,
-    train: Rows,
-    validation: Rows,
+    train: Rows | StreamedRows,
+    validation: Rows | StreamedRows,
     worker: Worker,
     class_counts: Sequence[int] | None = None,
 ) -> None:
@@ -27,6 +28,7 @@ def train_in_process(
     Raises:
         StoppedEarly: after a stop request.
         TrainingError: if the loss became NaN or infinite, or the initial weights do not fit the model.
+        CorruptFileError, OSError: if a shard of streamed rows cannot be read.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Imported here, since processes that only start workers do without TensorFlow.
@@ -48,3 +50,8 @@ def train_in_process(
         raise StoppedEarly from error
     except (InitialModelError, NotFinite) as error:
         raise TrainingError(str(error)) from error
+    except Exception as error:
+        for rows in (train, validation):
+            if isinstance(rows, StreamedRows) and rows.failure:
+                raise rows.failure from error  # without TensorFlow's wrapping
+        raise

@@ -18,17 +18,23 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from perceiver.config import PerceiverConfig
-from pipeline.data.ray_rows import materialize_split, to_rows
-from pipeline.storage import Storage
+from pipeline.data.ray_rows import CorruptShardError, materialize_split, to_rows
+from pipeline.data.rows import Rows
+from pipeline.data.shard_cache import CacheError
+from pipeline.data.shard_reader import ShardUnavailableError
+from pipeline.data.streamed_rows import StreamedRows
+from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import EpochEnded, Worker
 from pipeline.workers import ray_internals
 from pipeline.workers.in_process import TrainingError, train_in_process
+from pipeline.workers.streaming import check_streams, streamed_rows, streamed_splits
 from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError
 from pipeline.workflow.channel import Channel
 from pipeline.workflow.task import StoppedEarly
 
+CORRUPT_FILE = "corrupt_shard.json"
 # How often a worker group that cannot start (no room, a broken environment) is tried.
 MAX_START_FAILURES = 3
 # Interval at which Ray's controller asks the workers: a death, a report and the end are noticed that much later.
@@ -66,6 +72,7 @@ def train(
 
     Raises:
         CorruptShardError: if a shard is not what the manifest says.
+        ValueError: if the shuffle window or the cache is too small for the shards.
         StoppedEarly: after a stop request.
         TrainingError: if the loss became NaN or infinite, or if workers died or could not start too often.
     """
@@ -77,6 +84,9 @@ def train(
         os.environ.setdefault(ray_internals.START_SECONDS_VARIABLE, str(ELASTIC_START_SECONDS))
         start_failures += config.max_failures
     store = CheckpointStore(storage, f"{state}/checkpoints", config.checkpoints_kept)
+    streamed, corrupt = streamed_splits(manifest, config), f"{state}/{CORRUPT_FILE}"
+    check_streams(manifest, streamed, storage, config)
+    storage.delete(corrupt)
     trainer = DataParallelTrainer(
         train_loop_per_worker=train_loop_per_worker,
         train_loop_config={
@@ -86,6 +96,10 @@ def train(
             "store": store,
             "initial_model": (storage, initial_model) if initial_model else None,
             "class_counts": manifest["splits"]["train"]["class_counts"],
+            "manifest": manifest,
+            "streamed": streamed,
+            "storage": storage,
+            "corrupt": corrupt,
         },
         backend_config=TensorFlowConfig(),
         scaling_config=ray.train.ScalingConfig(
@@ -106,13 +120,21 @@ def train(
         ),
         # Every worker sees all rows and takes its share of each global batch by rank: which rows a step trains on then
         # does not depend on the number of workers, and no row is dropped to make shards equal.
-        datasets={split: materialize_split(manifest, split, storage) for split in ("train", "validation")},
+        datasets={
+            split: materialize_split(manifest, split, storage)
+            for split in ("train", "validation")
+            if split not in streamed
+        },
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
+        if storage.exists(corrupt):
+            raise CorruptShardError(*storage.read_json(corrupt)) from error
         raise TrainingError(_why(error, config)) from error
+    if "corrupt" in outcome:
+        raise CorruptShardError(*outcome["corrupt"])
     if "error" in outcome:
         raise TrainingError(outcome["error"])
     checkpoint = store.path(outcome["checkpoint"])
@@ -136,11 +158,13 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Of an elastic group as many workers train as divide the global batch; the others stand by.
 
     Args:
-        settings: `model` and `train` (plain dicts), `channel`, `store`, `initial_model` (storage and path, or None) and
-            `class_counts` of the training rows.
+        settings: `model` and `train` (plain dicts), `channel`, `store`, `initial_model` (storage and path, or None),
+            `class_counts` of the training rows, `manifest` of the data and their `storage`, the splits that are
+            `streamed` and the storage path `corrupt`, where a worker names a shard that is not what the manifest says.
 
     Returns:
-        `num_workers` that trained and the name of the last `checkpoint`; or `error`, if another try would fail too.
+        `num_workers` that trained and the name of the last `checkpoint`; or, if another try would fail too, `error` or
+        the arguments of a `CorruptShardError`, `corrupt`.
     """
     context = ray.train.get_context()
     config = TrainingConfig(**settings["train"])
@@ -161,6 +185,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             if rank == 0:
                 channel.report(EpochEnded(metrics))
 
+    def rows(split: str) -> Rows | StreamedRows:
+        if split in settings["streamed"]:
+            return streamed_rows(settings["manifest"], split, settings["storage"], config)
+        return to_rows(ray.train.get_dataset_shard(split))
+
     is_preempted = ray_internals.preemption_watch()
 
     def on_stop(request: Callable[[], None]) -> None:
@@ -170,7 +199,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         # Rank 0 looks for the newest one, so that all workers continue from the same.
-        newest = broadcast_from_rank_zero((store.restore_newest(checkpoint) if rank == 0 else None,))[0]
+        found = (store.restore_newest(checkpoint), _named_corrupt(settings)) if rank == 0 else None
+        newest, corrupt = broadcast_from_rank_zero(found)
+        if corrupt:
+            return {"corrupt": corrupt}
         if rank >= num_workers:
             _stand_by()
             return {}
@@ -186,8 +218,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             train_in_process(
                 PerceiverConfig(**settings["model"]),
                 config,
-                to_rows(ray.train.get_dataset_shard("train")),
-                to_rows(ray.train.get_dataset_shard("validation")),
+                rows("train"),
+                rows("validation"),
                 Worker(
                     report=report,
                     rank=rank,
@@ -203,11 +235,22 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             preempted = is_preempted()
         except TrainingError as failure:
             error = str(failure)  # raising would start the workers again, only to fail again
+        except CorruptFileError as failure:
+            # The others wait for this worker, so it has to raise. Those that are started again find it named.
+            named = [failure.path, failure.expected, failure.found]
+            settings["storage"].write_json(settings["corrupt"], named)
+            raise
     if some_stand_by:
         broadcast_from_rank_zero(False)
     if preempted:
         raise WorkerError("a host of the workers is about to be taken away; the checkpoint of the last step is whole")
     return {"error": error} if error else {"num_workers": num_workers, "checkpoint": newest}
+
+
+def _named_corrupt(settings: dict[str, Any]) -> list[str | None] | None:
+    """What a worker of an earlier group wrote of a shard that is not what the manifest says."""
+    storage, path = settings["storage"], settings["corrupt"]
+    return storage.read_json(path) if storage.exists(path) else None
 
 
 def _wait_for_preemption(is_preempted: Callable[[], bool], request: Callable[[], None]) -> None:
@@ -242,5 +285,6 @@ def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
         )
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
-    explained = [str(cause) for cause in causes if isinstance(cause, (CheckpointError, WorkerError))]
+    named = (CheckpointError, WorkerError, ShardUnavailableError, CacheError)
+    explained = [str(cause) for cause in causes if isinstance(cause, named)]
     return explained[0] if explained else str(error)

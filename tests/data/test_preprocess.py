@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from pipeline.data import preprocess as preprocessing
 from pipeline.data.config import DatasetConfig
 from pipeline.data.ingest import ingest, load
 from pipeline.data.preprocess import preprocess
 from pipeline.data.ray_rows import CorruptShardError, materialize_split, read_split, to_rows
 from pipeline.data.rows import Rows, stratified_split
-from pipeline.data.shards import write_rows
+from pipeline.data.shards import read_rows, write_rows
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -49,9 +50,8 @@ def shard_sums(manifest: dict[str, Any]) -> list[str]:
 
 def changed_copy(ingested: dict[str, Any], storage: Storage, name: str, change: Any) -> dict[str, Any]:
     """`ingested` with the first training file replaced by one whose arrays `change` has changed."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(ingested["files"]["train"][0]["path"])))
-    images = table["image"].combine_chunks().to_numpy_ndarray().copy()
-    labels = table["label"].to_numpy().copy()
+    read = read_rows(ingested["files"]["train"][0], storage)
+    images, labels = read.images.copy(), read.labels.copy()
     rows = change(Rows.of(images, labels)) or Rows.of(images, labels)
     entry = write_rows(rows, storage, name)
     files = [entry, *ingested["files"]["train"][1:]]
@@ -107,8 +107,30 @@ def test_the_manifest_is_json_and_its_files_are_plain_parquet(storage: Storage, 
     table = pq.read_table(storage.fs_path(train[3]["path"]), filesystem=storage.filesystem)
     assert table.num_rows == train[3]["rows"]
     assert table.schema.names == ["row_id", "image", "label"]
-    assert table.schema.field("image").type == pa.fixed_shape_tensor(pa.uint8(), (8, 8, 1))
+    assert table.schema.field("image").type == pa.binary(64)
+    assert table.schema.metadata[b"image_shape"] == b"[8, 8, 1]"
     assert not (np.diff(table["row_id"].to_numpy()) > 0).all(), "rows are shuffled"
+
+
+def test_the_digest_is_that_of_earlier_versions(manifest: dict[str, Any]) -> None:
+    assert manifest["digest"] == "963bf1f569d1d76830831034445ca14afeb20c17ee4918f41c90cb0803055d3e"
+
+
+def test_shards_of_earlier_versions_are_read(storage: Storage) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
+    columns = {
+        "row_id": pa.array(np.arange(7)),
+        "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+        "label": pa.array(np.arange(7, dtype=np.int32)),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    old = storage.write_verified("old.parquet", sink.getvalue().to_pybytes()) | {"rows": 7}
+    new = write_rows(Rows.of(images, np.arange(7, dtype=np.int32)), storage, "new.parquet")
+    for rows in (read_rows(old, storage), read_rows(new, storage)):
+        np.testing.assert_array_equal(rows.images, images)
+        np.testing.assert_array_equal(rows.labels, np.arange(7))
+    assert storage.read_bytes("new.parquet").count(images.tobytes()) == 1, "pixels as they are: none is encoded"
 
 
 def test_the_same_settings_give_the_same_bytes(storage: Storage, ingested: dict, manifest: dict[str, Any]) -> None:
@@ -126,6 +148,16 @@ def test_the_digest_does_not_depend_on_the_number_of_shards(
     assert len(other["splits"]["train"]["shards"]) == 3
     assert (other["digest"], digests(other)) == (manifest["digest"], digests(manifest))
     assert shard_sums(other)[:3] != shard_sums(manifest)[:3]
+
+
+def test_no_shard_has_more_pixels_than_a_streaming_worker_is_to_hold(
+    storage: Storage, ingested: dict[str, Any], manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocessing, "_MOST_SHARD_BYTES", 64 * 50)
+    other = preprocess(DIGITS, ingested, storage, "small shards")
+    for split in other["splits"].values():
+        assert 40 < max(shard["rows"] for shard in split["shards"]) <= 50 or len(split["shards"]) == 4
+    assert (other["digest"], digests(other)) == (manifest["digest"], digests(manifest))
 
 
 def test_one_pixel_or_one_label_changes_the_digest(

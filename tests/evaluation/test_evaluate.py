@@ -1,6 +1,7 @@
 """`evaluate` on an untrained model: its results follow from the logits that it returns."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from tiny_perceivers import TINY
 from perceiver.config import PerceiverConfig
 from perceiver.model import Perceiver, attention_maps
 from pipeline.data.rows import Rows
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.sharded_rows import ShardedRows
+from pipeline.data.shards import write_rows
 from pipeline.evaluation import metrics
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.config import EvaluationConfig
@@ -80,6 +84,38 @@ def test_superclasses(found: Evaluation, rows: Rows) -> None:
     assert np.array(coarse["confusion"]).shape == (2, 2)
     weights = np.bincount(rows.coarse_labels) / 301  # type: ignore[arg-type]
     assert np.dot(weights, coarse["class_top1"]) == pytest.approx(found.results["test"]["top1"])
+
+
+def test_rows_whose_pixels_stay_in_shards_are_evaluated_alike(
+    model: Perceiver, rows: Rows, found: Evaluation, tmp_path: Path
+) -> None:
+    storage = Storage(str(tmp_path))
+    order = np.random.default_rng(3).permutation(301)
+    parts = [rows.take(part) for part in np.array_split(order, 4)]
+    shards = [write_rows(part, storage, f"{number}.parquet") for number, part in enumerate(parts)]
+    reads = []
+
+    class NotingReader(ShardReader):
+        def read(self, entry: Any) -> Rows:
+            reads.append(entry["path"])
+            return super().read(entry)
+
+    sharded = ShardedRows(NotingReader(storage), shards, rows.image_shape)
+    assert len(sharded) == 301
+    assert not reads, "the labels alone are read"
+    again = evaluate(model, sharded, split(60, seed=2), SETTINGS, list("abcde"), ["x", "y"])
+    assert len(reads) <= 4 * 4, "logits, corrupted rows, speed, and rows that are shown"
+    np.testing.assert_allclose(again.test.logits, found.test.logits, atol=1e-5)
+    np.testing.assert_array_equal(again.test.row_ids, found.test.row_ids)
+    assert again.results["test"] == pytest.approx(found.results["test"], rel=1e-4)
+    for name in ("confusion", "superclasses", "robustness"):
+        assert again.results[name] == found.results[name], name
+    for name in ("row_ids", "images", "labels"):
+        np.testing.assert_array_equal(again.pictures[name], found.pictures[name])
+    np.testing.assert_allclose(again.pictures["attention"], found.pictures["attention"], atol=1e-5)
+    picked = np.array([300, 0, 17, 17])
+    np.testing.assert_array_equal(sharded.take(picked).images, rows.take(picked).images)
+    np.testing.assert_array_equal(sharded.take(picked).row_ids, rows.take(picked).row_ids)
 
 
 def test_data_without_superclasses(model: Perceiver, rows: Rows) -> None:

@@ -22,16 +22,16 @@ from tune.space import DIMENSIONS
 def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
     config = cifar100()
     execution_of_training = {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "deterministic"}
-    execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept"}
+    execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept", "cache", "cache_gb"}
     sections: list[tuple[Any, set[str]]] = [
         (config.data, {"archive"}),
         (config.search, {"workers_per_trial", "cpus_per_trial", "max_concurrent_trials", "memory_limit_gib"}),
         (config.train, execution_of_training),
         (config.model, set()),
     ]
-    added_later = {"class_weights", "conv_channel_growth"}  # keyed unless they have their default
     for section, execution in sections:
-        assert {f.name for f in fields(section)} - set(keyed(section)) - added_later == execution
+        later = {f.name for f in fields(section) if f.metadata.get("keyed") == "unless default"}
+        assert {f.name for f in fields(section)} - set(keyed(section)) - later == execution
         assert all(value == getattr(section, name) for name, value in keyed(section).items())
 
 
@@ -110,3 +110,9 @@ def test_a_model_section_makes_a_perceiver_config() -> None:
     assert with_source(cifar100(), "cifar10").model.num_classes == 10
     with pytest.raises(ValueError, match="every searched field has one value"):
         SearchConfig(**{d.name: (8, 8) for d in DIMENSIONS})  # type: ignore[arg-type]
+
+
+def test_the_shuffle_window_is_keyed_where_it_is_not_the_default() -> None:
+    train = cifar100().train
+    assert "shuffle_window_mb" not in keyed(train), "trainings of earlier versions stay done"
+    assert keyed(replace(train, shuffle_window_mb=64))["shuffle_window_mb"] == 64

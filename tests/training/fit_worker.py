@@ -23,6 +23,9 @@ def main(orders: dict[str, Any]) -> None:
 
     from perceiver.config import PerceiverConfig
     from pipeline.data.rows import Rows
+    from pipeline.data.shard_reader import ShardReader
+    from pipeline.data.shards import write_rows
+    from pipeline.data.streamed_rows import StreamedRows
     from pipeline.storage import Storage
     from pipeline.training.checkpoint_store import CheckpointStore
     from pipeline.training.config import TrainingConfig
@@ -36,6 +39,12 @@ def main(orders: dict[str, Any]) -> None:
 
     def rows(start: int, stop: int) -> Rows:
         return Rows(np.arange(start, stop), images[start:stop], labels[start:stop])
+
+    def streamed(start: int, stop: int) -> StreamedRows:
+        """The same rows, from shards of 25 with a window of six of them."""
+        storage = Storage(orders["out"] + "-shards")
+        shards = [write_rows(rows(at, min(at + 25, stop)), storage, f"{at}.parquet") for at in range(start, stop, 25)]
+        return StreamedRows(ShardReader(storage), shards, (8, 8, 1), 6 * 25 * 64)
 
     requests: list[Callable[[], None]] = []
     reports = 0
@@ -73,7 +82,8 @@ def main(orders: dict[str, Any]) -> None:
         tf.config.experimental.enable_op_determinism()
     try:
         # 101 validation rows in batches of 50: the last batch has one row, so that one of two workers gets none.
-        fit(model, train, rows(0, 1000), rows(1000, 1101), worker, orders.get("class_counts"))
+        opened = streamed if orders.get("streams") else rows
+        fit(model, train, opened(0, 1000), opened(1000, 1101), worker, orders.get("class_counts"))
     except Interrupted:
         print("interrupted")
 

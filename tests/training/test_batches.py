@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 
+from pipeline.data.order import epoch_order
 from pipeline.data.rows import Rows
 from pipeline.training.augmentation import Augmentation
-from pipeline.training.batches import epoch_order, evaluation_slices, steps_per_epoch, train_batches
+from pipeline.training.batches import evaluation_slices, steps_per_epoch, train_batches
 from pipeline.training.config import TrainingConfig
 
 PLAIN = TrainingConfig(

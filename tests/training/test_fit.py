@@ -62,8 +62,8 @@ Run = Callable[..., Path]
 def run(tmp_path: Path) -> Iterator[Run]:
     """Trains in `num_workers` processes; returns the folder with the checkpoints, `out` if that is given.
 
-    A single worker trains in this process, which has imported TensorFlow already, unless it is to be deterministic:
-    TensorFlow cannot switch that off again.
+    A single worker trains in this process, which has imported TensorFlow already, unless it is to be deterministic,
+    which TensorFlow cannot switch off again, or to be killed.
     """
 
     def run(
@@ -80,7 +80,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         for rank in range(num_workers):
             order = {"rank": rank, "addresses": addresses, "out": str(out), **orders}
             order |= {"model": MODEL | (model or {}), "train": TRAIN | train | {"num_workers": num_workers}}
-            if num_workers == 1 and not train.get("deterministic"):
+            if num_workers == 1 and not train.get("deterministic") and "kill_rank" not in orders:
                 fit_worker.main(order)
                 return out
             command = [sys.executable, str(Path(__file__).with_name("fit_worker.py")), json.dumps(order)]
@@ -155,6 +155,19 @@ def test_two_workers_train_as_one_does_with_weights_of_the_classes(run: Run) -> 
     one, two = run(1, weighted, **counts), run(2, weighted, **counts)
     assert_same_training(one, two, 1e-4)
     assert history(one)[0]["loss"] > 2 * history(run(1, weighted | {"class_weights": "none"}))[0]["loss"]
+
+
+def test_streamed_rows_train_alike_on_one_and_two_workers_and_after_a_kill(run: Run) -> None:
+    mixed = {"cutmix": 0.5, "checkpoint_every_steps": 7}
+    one, two, in_memory = run(1, mixed, streams=True), run(2, mixed, streams=True), run(1, mixed)
+    assert_same_training(one, two, 1e-5)
+    killed = run(1, mixed, streams=True, kill_rank=0, kill_at=[1, 10])
+    assert (state(killed)["epoch"], state(killed)["step"]) == (1, 7)
+    assert_same_training(one, run(2, mixed, streams=True, out=killed), 1e-5)
+    # In another order than in memory.
+    assert history(one)[0]["loss"] != pytest.approx(history(in_memory)[0]["loss"], abs=1e-6)
+    for trained in (one, in_memory):
+        assert history(trained)[-1]["loss"] < history(trained)[0]["loss"] - 0.01
 
 
 @pytest.mark.parametrize("num_workers", [2, pytest.param(1, marks=pytest.mark.slow)])

@@ -23,12 +23,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from session_processes import processes_of_this_session
 
 from pipeline.data.ingest import ingest
+from pipeline.data.order import epoch_order
 from pipeline.data.preprocess import preprocess
 from pipeline.data.ray_rows import materialize_split, to_rows
 from pipeline.settings.config import trained_configs
 from pipeline.settings.presets import quickstart
 from pipeline.storage import Storage
-from pipeline.training.batches import epoch_order, steps_per_epoch
+from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint_store import NAME
 from pipeline.training.config import TrainingConfig
 from pipeline.workers import train as training
