@@ -23,7 +23,7 @@ from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.ingest import load
 from pipeline.data.rows import Rows, rows_digest, stratified_split
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import source_of
 from pipeline.evaluation.calibration import reliability
 from pipeline.evaluation.metrics import scores
 from pipeline.registry.fetch import fetch, version_tags
@@ -50,16 +50,22 @@ def evaluate_version(options: Options) -> dict[str, Any]:
     Raises:
         ValueError: If the model or the data cannot be used.
     """
-    check_archive(options.data, SOURCES[options.data.source])
+    data = options.data
+    if data.source == "files":
+        from pipeline.data.image_survey import find_images
+
+        data = find_images(data, ".")
+    source = source_of(data)
+    check_archive(data, source)
     with tempfile.TemporaryDirectory() as folder:
         model = fetch(options.model, options.tracking_uri, Path(folder))
-        if model.image_shape != (shape := SOURCES[options.data.source].image_shape):
+        if model.image_shape != (shape := source.image_shape):
             raise ValueError(
                 f"model = {options.model!r} takes images {model.image_shape}, but data.source = {options.data.source} "
                 f"has {shape}: give --data.source"
             )
         predict = model.load()
-        rows = _rows(options)
+        rows = _rows(data, options.split)
         start = time.perf_counter()
         batches = range(0, len(rows), BATCH_SIZE)
         probabilities = np.concatenate([predict(rows.images[i : i + BATCH_SIZE]) for i in batches])
@@ -80,18 +86,22 @@ def evaluate_version(options: Options) -> dict[str, Any]:
     }
 
 
-def _rows(options: Options) -> Rows:
+def _rows(data: DatasetConfig, split: str) -> Rows:
     """All rows of the split."""
-    raw = load(options.data)
-    if options.split == "test":
+    raw = load(data)
+    if split == "test":
         return raw.test
-    kept, held_out = stratified_split(raw.train.labels, options.data.validation_fraction, options.data.seed)
-    return raw.train.take(kept if options.split == "train" else held_out)
+    if raw.validation is not None:
+        return raw.train if split == "train" else raw.validation
+    kept, held_out = stratified_split(raw.train.labels, data.validation_fraction, data.seed)
+    return raw.train.take(kept if split == "train" else held_out)
 
 
 def main() -> int:
     try:
-        options = tyro.cli(Options, prog="python -m pipeline.evaluate_version", description=__doc__)
+        options = tyro.cli(
+            Options, prog="python -m pipeline.evaluate_version", description=__doc__, config=(tyro.conf.SuppressFixed,)
+        )
         found = evaluate_version(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

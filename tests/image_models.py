@@ -25,8 +25,8 @@ def expected_probabilities(images: np.ndarray, weights: list[np.ndarray]) -> np.
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def save_model(folder: Path) -> list[np.ndarray]:
-    """Writes an MLflow model: uint8 images to probabilities; returns its weights."""
+def save_model(folder: Path, **metadata: Any) -> list[np.ndarray]:
+    """Writes an MLflow model with this metadata: uint8 images to probabilities; returns its weights."""
     import keras
     import mlflow.keras
     from mlflow.models import ModelSignature
@@ -46,7 +46,7 @@ def save_model(folder: Path) -> list[np.ndarray]:
         save_exported_model=True,
         signature=signature,
         pip_requirements=["keras", "mlflow"],
-        metadata={"label_names": LABEL_NAMES},
+        metadata={"label_names": LABEL_NAMES, **metadata},
     )
     return model.get_weights()
 

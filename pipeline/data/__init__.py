@@ -18,5 +18,15 @@ shard_cache.py   shards on the disk of a host
 streamed_rows.py the rows of a split that is read from its shards as a training goes on
 sharded_rows.py  the rows of a split whose pixels stay in its shards, for evaluation
 split.py         opens a split in memory or in its shards
-image_files.py   reads images of one's own for batch inference: folders, Parquet files, npz files
+
+Images of one's own:
+
+file_tree.py         all files below a folder or a URI, and what was left out
+labelled_images.py   which images there are, of which class and in which split; `SplitFiles`
+image_containers.py  images in Parquet files, tars and npz files
+image_decoding.py    the decoder of training and of batch inference
+image_survey.py      the headers of all images, and what could not be trained
+image_rows.py        the same rows in memory
+image_ingest.py      the same rows as Parquet files, with Ray Data
+image_files.py       images for batch inference, in parts: folders, Parquet files, npz files
 """

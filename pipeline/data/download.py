@@ -17,7 +17,7 @@ def check_archive(config: DatasetConfig, source: Source) -> None:
         ValueError: if not; names the option and the remedy.
     """
     if source.archive is None:
-        if config.archive is not None or config.sha256 is not None:
+        if config.source != "files" and (config.archive is not None or config.sha256 is not None):
             option, value = ("archive", config.archive) if config.archive is not None else ("sha256", config.sha256)
             raise ValueError(f"data.{option} = {value!r}: the source {source.name!r} has no archive; leave it out")
         return

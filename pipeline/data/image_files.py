@@ -4,23 +4,20 @@ What decides the parts is listed without reading an image, so that a job which w
 """
 
 import functools
-import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.file_tree import IMAGE_SUFFIXES, list_files, suffix_of
+from pipeline.data.image_containers import is_encoded, row_groups
+from pipeline.data.image_decoding import Resize, decode
 from pipeline.storage import Storage
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,16 @@ def list_parts(uri: str, part_rows: int) -> ImageInput:
     Raises:
         ValueError: if there is no such thing, or nothing in it.
     """
-    root, infos = _files(uri)
-    suffixes = {PurePosixPath(name).suffix.lower() for name in infos}
+    tree = list_files(uri, "input")
+    root, infos = tree.root, tree.files
+    suffixes = {suffix_of(name) for name in infos}
     if suffixes & {".parquet"}:
         kind, chosen = "parquet", [name for name in infos if name.endswith(".parquet")]
     elif suffixes == {".npz"}:
         kind, chosen = "npz", list(infos)
     else:
         # By suffix and not by content: what claims to be an image and is none is reported, not passed over.
-        kind, chosen = "images", [n for n in infos if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
+        kind, chosen = "images", [n for n in infos if suffix_of(n) in IMAGE_SUFFIXES]
     if not chosen:
         raise ValueError(
             f"input = {uri!r} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet nor npz files"
@@ -112,12 +110,11 @@ def list_parts(uri: str, part_rows: int) -> ImageInput:
             first += rows
     if not parts:
         raise ValueError(f"input = {uri!r} has no rows")
-    listing = json.dumps([[name, *infos[name]] for name in chosen])
-    return ImageInput(kind, root, tuple(parts), hashlib.sha256(listing.encode()).hexdigest())
+    return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen))
 
 
-def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], resize: bool) -> pa.Table:
-    """The rows of a part.
+def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], resize: Resize | None) -> pa.Table:
+    """The rows of a part. Encoded images of another size are fitted by `resize`; without it they are errors.
 
     Returns:
         `part` int64, `row_id` int64 (the input's own, or the index in the input), `name` (path of the image, or null),
@@ -148,6 +145,11 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
             images = column.to_numpy_ndarray()
             _check_array(images, image_shape, root.absolute(part.files[0]))
         else:
+            # By its type and before a value is looked at: Arrow runs the code of extension types.
+            if not is_encoded(column.type):
+                raise ValueError(
+                    f"{root.absolute(part.files[0])}: images are {column.type}, not uint8 tensors or binary"
+                )
             if pa.types.is_struct(column.type):
                 column = column.field("bytes")
             encoded = (functools.partial(_bytes_of, value) for value in column)
@@ -161,44 +163,6 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
             "error": pa.array(errors, pa.string()),
         }
     )
-
-
-def decode(data: bytes, image_shape: Sequence[int], resize: bool) -> np.ndarray:
-    """An encoded image as uint8 (H, W, C), in colour or grey as the shape wants it.
-
-    Raises:
-        ValueError: if it cannot be decoded, or is of another size and `resize` is false.
-    """
-    height, width, channels = image_shape
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:
-        raise ValueError("is of no known image format") from None
-    except Exception as error:  # Pillow's decoders raise what they like, struct.error and SyntaxError among others
-        raise ValueError(f"cannot be decoded: {error}") from error
-    if converted.size != (width, height):
-        if not resize:
-            found = "{} x {}".format(*converted.size)
-            raise ValueError(f"is of {found} pixels, the model takes {width} x {height}: give --resize")
-        converted = converted.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(converted).reshape(height, width, channels)
-
-
-def _files(uri: str) -> tuple[Storage, dict[str, tuple[int, int]]]:
-    """Storage of the input's folder, and size and time of each file below it by path; of the one file, if it is one."""
-    whole = Storage(uri)
-    info = whole.filesystem.get_file_info(whole.fs_path(""))
-    if info.type == pafs.FileType.NotFound:
-        raise ValueError(f"input = {uri!r}: no such file or folder")
-    if info.type == pafs.FileType.File:
-        folder, _, name = whole.uri.rpartition("/")
-        return Storage(folder), {name: (info.size, info.mtime_ns or 0)}
-    selector = pafs.FileSelector(whole.fs_path(""), recursive=True)
-    found = [i for i in whole.filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
-    paths = {info.path.removeprefix(whole.root).lstrip("/"): info for info in found}
-    kept = {path: info for path, info in paths.items() if not PurePosixPath(path).name.startswith((".", "_"))}
-    return whole, {path: (kept[path].size, kept[path].mtime_ns or 0) for path in sorted(kept)}
 
 
 def _num_rows(kind: str, root: Storage, name: str) -> int:
@@ -227,11 +191,8 @@ def _read_rows(part: Part, root: Storage) -> pa.Table:
     with root.filesystem.open_input_file(root.fs_path(part.files[0])) as source:
         file = pq.ParquetFile(source)
         columns = [name for name in ("row_id", "image") if name in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        groups = [i for i, size in enumerate(sizes) if starts[i] < part.stop and starts[i] + size > part.start]
-        table = file.read_row_groups(groups, columns=columns)
-        return table.slice(part.start - int(starts[groups[0]]), part.num_rows)
+        groups, skipped = row_groups(file, part.start, part.stop)
+        return file.read_row_groups(groups, columns=columns).slice(skipped, part.num_rows)
 
 
 def _check_array(images: np.ndarray, image_shape: Sequence[int], path: str) -> None:
@@ -248,7 +209,7 @@ def _bytes_of(value: Any) -> bytes:
 
 
 def _decode_all(
-    encoded: Iterator[Any], count: int, image_shape: Sequence[int], resize: bool
+    encoded: Iterator[Any], count: int, image_shape: Sequence[int], resize: Resize | None
 ) -> tuple[np.ndarray, list[str | None]]:
     """Images, black where there is an error, and the errors."""
     images = np.zeros((count, *image_shape), np.uint8)

@@ -1,12 +1,13 @@
 """Writes the verified rows of a source to Parquet files."""
 
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.rows import RawDataset, Rows
 from pipeline.data.shards import write_rows
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import source_of
 from pipeline.storage import Storage
 
 _ROWS_PER_FILE = 8192
@@ -20,22 +21,35 @@ def load(config: DatasetConfig) -> RawDataset:
         ValueError: as `check_archive`, or if the data are not what the source promises; names expected and found.
         ConnectionError: if the official archive cannot be downloaded.
     """
-    source = SOURCES[config.source]
+    source = source_of(config)
     check_archive(config, source)
     return source.load(config, source)
 
 
-def ingest(config: DatasetConfig, storage: Storage, out: str) -> dict[str, Any]:
+def ingest(
+    config: DatasetConfig, storage: Storage, out: str, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Writes the verified rows of a source to Parquet files below `out`.
+
+    Args:
+        config: Names the source.
+        storage: Where the files go.
+        out: Storage prefix of the files.
+        say: Shows a line of progress; used where it may take long.
 
     Returns:
         Manifest: `source`, `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, and `files`, which has
         for `train` and `test` a list of `{path, rows, sha256}` with paths relative to the root of the storage.
+        `image_ingest.ingest_files` says what it has besides for images of one's own.
 
     Raises:
         ValueError: as `load`.
     """
-    source, raw = SOURCES[config.source], load(config)
+    if config.source == "files":
+        from pipeline.data.image_ingest import ingest_files
+
+        return ingest_files(config, storage, out, say)
+    source, raw = source_of(config), load(config)
     return {
         "source": source.name,
         "image_shape": list(source.image_shape),

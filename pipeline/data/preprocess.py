@@ -26,8 +26,8 @@ _WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage, out: str) -> dict[str, Any]:
     """Writes the rows that `ingest` wrote as shards below `out`; the same config gives the same bytes.
 
-    The validation rows are taken from the training rows: `round(validation_fraction * rows)` of each class. The rows of
-    a split are shuffled over its shards.
+    Unless the source has a validation split, its rows are taken from the training rows: `round(validation_fraction *
+    rows)` of each class. The rows of a split are shuffled over its shards.
 
     Args:
         config: Shares, number of shards and seed.
@@ -38,7 +38,7 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
     Returns:
         Manifest: `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, `pixel_mean` and `pixel_std` of
         each channel over the training rows in [0, 1], `digest`, and `splits`, which has for `train`, `validation` and
-        `test` `{rows, class_counts, digest, shards: [{path, rows, sha256}]}`.
+        `test` `{rows, class_counts, digest, shards: [{path, rows, sha256}]}`; of image files `decoding` of `ingest`.
 
         The digest of a split is the SHA-256 of the SHA-256s of its rows in order of row_id. It depends on the rows and
         not on their layout in shards. The bytes of a row are row_id as int64, label and, if there is one, coarse label
@@ -50,12 +50,17 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
         ValueError: if its rows do not have the promised shape, type and range, or no row is left for validation.
     """
     with own_errors():
-        rows = {name: _validated(ingested, name, storage).materialize() for name in ("train", "test")}
+        rows = {name: _validated(ingested, name, storage).materialize() for name in ingested["files"]}
         labels = {name: _labels(part) for name, part in rows.items()}
-        train, validation = stratified_split(labels["train"], config.validation_fraction, config.seed)
+        if "validation" in rows:  # the source has its own
+            held_in = "validation"
+            train, validation = (np.arange(len(labels[name])) for name in ("train", "validation"))
+        else:
+            held_in = "train"
+            train, validation = stratified_split(labels["train"], config.validation_fraction, config.seed)
         splits = {
             "train": ("train", train, config.num_shards),
-            "validation": ("train", validation, _EVALUATION_SHARDS),
+            "validation": (held_in, validation, _EVALUATION_SHARDS),
             "test": ("test", np.arange(len(labels["test"])), _EVALUATION_SHARDS),
         }
         row_bytes = int(np.prod(ingested["image_shape"]))
@@ -78,8 +83,8 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
     }
     mean, std = _pixel_statistics([record for _, record in written["train"]])
     digests = b"".join(bytes.fromhex(description["digest"]) for description in described.values())
-    kept = ("image_shape", "num_classes", "label_names", "coarse_label_names")
-    return {key: ingested[key] for key in kept} | {
+    kept = ("image_shape", "num_classes", "label_names", "coarse_label_names", "decoding")
+    return {key: ingested[key] for key in kept if key in ingested} | {
         "pixel_mean": mean,
         "pixel_std": std,
         "digest": hashlib.sha256(digests).hexdigest(),

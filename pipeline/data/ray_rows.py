@@ -29,8 +29,12 @@ class CorruptShardError(ray.exceptions.UserCodeException, CorruptFileError):
 
 def read_files(files: list[dict[str, Any]], storage: Storage) -> ray.data.Dataset:
     """The rows of `files`, each `{path, rows, sha256}`, read when they are asked for, a task for each file."""
-    dataset = ray.data.from_items(files, override_num_blocks=len(files))
-    # These settings hold for all that is made of this dataset, and for no other.
+    dataset = configured(ray.data.from_items(files, override_num_blocks=len(files)))
+    return dataset.map_batches(functools.partial(_read_file, storage=storage), batch_size=1)
+
+
+def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
+    """Sets what holds for all that is made of this dataset, and for no other; returns it."""
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -38,7 +42,7 @@ def read_files(files: list[dict[str, Any]], storage: Storage) -> ray.data.Datase
     context.raise_original_map_exception = True
     # `groupby` of 50,000 images on 2 CPUs: 3 s by sorting, 11 s by hashing, which is the default.
     context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    return dataset.map_batches(functools.partial(_read_file, storage=storage), batch_size=1)
+    return dataset
 
 
 def _read_file(batch: dict[str, np.ndarray], storage: Storage) -> pa.Table:

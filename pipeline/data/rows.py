@@ -115,16 +115,19 @@ class _BatchInMemory:
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A whole data set as its source has it, before the validation rows are taken out of `train`."""
+    """A whole data set as its source has it, before validation rows are taken out of `train`, unless it has some."""
 
     train: Rows
     test: Rows
     label_names: list[str]
     coarse_label_names: list[str] | None = None
+    validation: Rows | None = None
 
 
-def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Takes `round(fraction * rows)` rows out of every class.
+def stratified_split(
+    labels: np.ndarray, fraction: float, seed: int, split: str = "validation"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Takes `round(fraction * rows)` rows out of every class, for the split `validation` or `test`.
 
     Returns:
         Positions of the rows that stay, and of those that are taken out, each in ascending order.
@@ -132,19 +135,20 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     Raises:
         ValueError: if that leaves one of the two without a row.
     """
-    rng = np.random.default_rng([seed, 0])
+    streams = {"validation": (), "test": (1,)}  # one of its own for each
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0], spawn_key=streams[split]))
     taken = []
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
         taken.append(rows[: round(fraction * len(rows))])
-    validation = np.sort(np.concatenate(taken))
-    train = np.setdiff1d(np.arange(len(labels)), validation)
-    if not len(validation) or not len(train):
+    held_out = np.sort(np.concatenate(taken))
+    train = np.setdiff1d(np.arange(len(labels)), held_out)
+    if not len(held_out) or not len(train):
         raise ValueError(
-            f"data.validation_fraction = {fraction} of {len(labels)} rows leaves {len(train)} for training and "
-            f"{len(validation)} for validation: take another share"
+            f"data.{split}_fraction = {fraction} of {len(labels)} rows leaves {len(train)} for training and "
+            f"{len(held_out)} for {split}: take another share"
         )
-    return train, validation
+    return train, held_out
 
 
 def rows_digest(rows: Rows) -> str:

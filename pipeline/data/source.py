@@ -35,12 +35,14 @@ class Source:
     num_classes: int
     num_coarse_classes: int | None
     """None if the classes have no coarser grouping."""
-    flips: bool
-    """Whether the mirror image of a row still shows its class; not so for digits."""
+    flips: bool | None
+    """Whether the mirror image of a row still shows its class; not so for digits. None: only the user knows."""
     train_rows: int
     """Rows of the training split, or of the whole data set if `test_rows` is 0."""
     test_rows: int
     """Rows of the test split; 0 if the source has none and `DatasetConfig.test_fraction` decides."""
+    validation_rows: int = 0
+    """Likewise of the validation split and `DatasetConfig.validation_fraction`."""
     archive: Archive | None = None
     """None if the data come with a dependency."""
 

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.driver.trial_table import TrialTable, duration
 from pipeline.settings.config import PipelineConfig
-from pipeline.tasks.events import TrialChanged
+from pipeline.tasks.events import Said, TrialChanged
 from pipeline.training.worker import EpochEnded, StepProgress
 
 # In a log, lines are not folded at the width of a terminal that is not there.
@@ -65,7 +66,9 @@ class Progress:
 
     def reported(self, event: object) -> None:
         self._follow_terminal()
-        if isinstance(event, TrialChanged):
+        if isinstance(event, Said):
+            self.say(f"{event.task:10} {escape(event.text)}")
+        elif isinstance(event, TrialChanged):
             self._show_trial(event)
         elif isinstance(event, StepProgress):
             self._show_step(event)

@@ -110,6 +110,10 @@ def show_plan(preset: str, options: Options, run: Run[PipelineConfig], console: 
     for name, value in flatten(config).items():
         settings.add_row(name, escape(str(value)))
     console.print(settings)
+    if config.data.source == "files":
+        from pipeline.driver.image_plan import show_images
+
+        show_images(config.data, console)
     tasks = Table("task", "key", "state", "takes", title="tasks")
     finished, wanted = run.done().keys() - run.following(options.force), True
     for task in run.tasks:

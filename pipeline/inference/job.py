@@ -17,6 +17,7 @@ import ray.data
 import tyro
 from rich.console import Console
 
+from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, list_parts
 from pipeline.data.ray_rows import own_errors
 from pipeline.inference.classifier import Classifier, count_errors, file_name, read
@@ -52,7 +53,8 @@ class PredictOptions:
     part_rows: int = 1024
     """Number of images in a part, the unit of progress; choose it so that each actor gets many parts."""
     resize: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Resize images of another size; otherwise they are reported as errors."""
+    """Stretch images of another size; otherwise they are reported as errors. A model that was trained on image files
+    fits them as in its training, with or without this."""
 
     def __post_init__(self) -> None:
         for name in ("num_actors", "batch_size", "part_rows"):
@@ -118,7 +120,7 @@ def _predictions(
     context.issue_detectors_config.detectors = []  # they warn about the memory that the model uses
     context.target_max_block_size = None  # keeps a part in one block, because an actor gets one block per call
     read_rows = functools.partial(
-        read, kind=source.kind, root=source.root, image_shape=model.image_shape, resize=options.resize
+        read, kind=source.kind, root=source.root, image_shape=model.image_shape, resize=_policy(options, model)
     )
     done = dataset.map_batches(read_rows, batch_size=1, num_cpus=READER_CPUS).map_batches(
         Classifier,
@@ -145,8 +147,17 @@ def _job(options: PredictOptions, model: RegisteredModel, source: ImageInput) ->
     return {
         "model": {"uri": model.uri, "uuid": model.uuid},
         "input": {"kind": source.kind, "rows": source.num_rows, "fingerprint": source.fingerprint},
-        "settings": {"part_rows": options.part_rows, "batch_size": options.batch_size, "resize": options.resize},
+        "settings": {
+            "part_rows": options.part_rows,
+            "batch_size": options.batch_size,
+            "resize": model.resize or options.resize,
+        },
     }
+
+
+def _policy(options: PredictOptions, model: RegisteredModel) -> Resize | None:
+    """How images of another size are fitted; None refuses them."""
+    return model.resize or ("stretch" if options.resize else None)
 
 
 def _claim(output: Storage, job: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from mlflow.artifacts import download_artifacts
@@ -26,6 +27,7 @@ class RegisteredModel:
         uuid: Unique id of the logged model.
         image_shape: Height, width and channels of the uint8 images that it takes.
         label_names: Names of the classes, in the order of the probabilities.
+        resize: How images of another size were fitted in training; None if they were not, or it is not known.
     """
 
     uri: str
@@ -33,6 +35,7 @@ class RegisteredModel:
     uuid: str
     image_shape: tuple[int, int, int]
     label_names: tuple[str, ...]
+    resize: Literal["crop", "pad", "stretch"] | None = None
 
     @classmethod
     def from_folder(cls, folder: Path, uri: str) -> "RegisteredModel":
@@ -51,7 +54,9 @@ class RegisteredModel:
                 f"model = {uri!r} does not take one array of uint8 images (N, H, W, C), or has no label_names in its "
                 "metadata: it was not registered by this pipeline"
             )
-        return cls(uri, folder, str(model.model_uuid), shape[1:], tuple(map(str, names)))
+        decoding = metadata.get("decoding")
+        resize = decoding.get("resize") if isinstance(decoding, Mapping) else None
+        return cls(uri, folder, str(model.model_uuid), shape[1:], tuple(map(str, names)), resize)
 
     def load(self) -> Callable[[np.ndarray], np.ndarray]:
         """Loads the classifier, and TensorFlow: images, uint8 (N, H, W, C), to probabilities, float32 (N, K)."""

@@ -106,7 +106,8 @@ def _register(
             temperature=calibration["temperature"],
             input_example=trained.input_example,
             label_names=data["label_names"],
-            metadata={"data_sha256": data["digest"], "temperature": calibration["temperature"]},
+            metadata={"data_sha256": data["digest"], "temperature": calibration["temperature"]}
+            | ({"decoding": data["decoding"]} if "decoding" in data else {}),
             card=card.markdown(),
         ),
         evidence=Evidence(

@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import SOURCES, source_of
 from pipeline.settings.config import PipelineConfig
 from pipeline.settings.presets import PRESETS, with_source
 from tune.config import SearchConfig
@@ -60,7 +61,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     default = _with_environment(PRESETS[preset](), early)
     # The shape of the images decides which models are valid, so the source is known before anything is validated.
     if early["data.source"] in SOURCES:
-        default = with_source(default, early["data.source"])
+        default = with_source(default, replace(default.data, source=early["data.source"]))  # type: ignore[arg-type]
+    elif early["data.source"] == "files" and not {"-h", "--help"} & set(args):
+        default = with_source(default, _find_images(args, default))
     options = tyro.cli(
         Options,
         prog="run.py [PRESET]",
@@ -71,10 +74,45 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     )
     config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
     config.search_space()
-    check_archive(config.data, SOURCES[config.data.source])
+    check_archive(config.data, source_of(config.data))
     if options.summary_json and not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.summary_json))):
         raise ValueError(f"summary-json = {options.summary_json!r}: there is no folder {folder}: make it")
     return preset, replace(options, config=config)
+
+
+@dataclass(frozen=True)
+class _DataOptions:
+    """The options of `data` alone."""
+
+    data: DatasetConfig
+
+
+def _find_images(args: Sequence[str], default: PipelineConfig) -> DatasetConfig:
+    """The options of `data`, with what lies at `data.path`.
+
+    Raises:
+        ValueError: if it cannot be used; names the option and the remedy.
+    """
+    from pipeline.data.image_survey import find_images
+
+    options, _ = tyro.cli(
+        _DataOptions,
+        prog="run.py [PRESET]",
+        default=_DataOptions(default.data),
+        args=args,
+        config=(tyro.conf.SuppressFixed,),
+        add_help=False,
+        return_unknown_args=True,
+    )
+    return find_images(_with_absolute_path(options.data), default.storage)
+
+
+def _with_absolute_path(data: DatasetConfig) -> DatasetConfig:
+    return data if data.path is None or "://" in data.path else replace(data, path=_absolute(data.path))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _early_values(args: Sequence[str]) -> dict[str, str]:
@@ -94,17 +132,13 @@ def _with_environment(config: PipelineConfig, early: Mapping[str, str]) -> Pipel
 
 def _with_absolute_paths(config: PipelineConfig) -> PipelineConfig:
     """`config` with paths that mean the same to tasks in another working directory."""
-
-    def absolute(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
-
-    data, tracking, storage = config.data, config.tracking, config.storage
+    data, tracking, storage = _with_absolute_path(config.data), config.tracking, config.storage
     if data.archive is not None:
-        data = replace(data, archive=absolute(data.archive))
+        data = replace(data, archive=_absolute(data.archive))
     if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
-        tracking = replace(tracking, uri=f"sqlite:///{absolute(tracking.uri.removeprefix('sqlite:///'))}")
+        tracking = replace(tracking, uri=f"sqlite:///{_absolute(tracking.uri.removeprefix('sqlite:///'))}")
     if "://" not in storage:
-        storage = absolute(storage)
+        storage = _absolute(storage)
     return replace(config, data=data, tracking=tracking, storage=storage)
 
 

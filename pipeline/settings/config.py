@@ -8,7 +8,7 @@ import tyro
 
 from perceiver.config import PerceiverConfig
 from pipeline.data.config import DatasetConfig
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import source_of
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.fields import ADDED_LATER
 from pipeline.registry.config import PromotionConfig
@@ -45,13 +45,13 @@ class PipelineConfig:
     """Folder, or URI that pyarrow.fs takes, for all that a run makes; default: $PERCEIVER_STORAGE, else ./runs."""
 
     def __post_init__(self) -> None:
-        source = SOURCES[self.data.source]
+        source = source_of(self.data)
         if source.image_shape != self.model.image_shape or source.num_classes != self.model.num_classes:
             raise ValueError(
                 f"model.image_shape = {self.model.image_shape} and model.num_classes = {self.model.num_classes} do not "
                 f"belong to data.source = {source.name}: build the configuration with presets.with_source"
             )
-        if self.train.random_flip and not source.flips:
+        if self.train.random_flip and source.flips is False:
             raise ValueError(
                 f"train.random_flip = True, but mirrored images of data.source = {source.name} are of no class: "
                 "give --train.no-random-flip"
@@ -73,9 +73,9 @@ class PipelineConfig:
     @property
     def training_rows(self) -> int:
         """Approximate number of rows of an epoch; the split rounds in every class."""
-        source = SOURCES[self.data.source]
+        source = source_of(self.data)
         rows = source.train_rows if source.test_rows else round(source.train_rows * (1 - self.data.test_fraction))
-        return round(rows * (1 - self.data.validation_fraction))
+        return rows if source.validation_rows else round(rows * (1 - self.data.validation_fraction))
 
     def search_space(self) -> Space | None:
         """The search space; None if the search is off.

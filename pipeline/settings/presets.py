@@ -5,19 +5,21 @@
 the same share of the side. docs/data.md has what that gives at common sizes.
 """
 
+import copy
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from perceiver import presets as model_presets
 from perceiver.config import PerceiverConfig
 from pipeline.data.config import DatasetConfig
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import source_of
 from pipeline.settings.config import ModelConfig, PipelineConfig
 from pipeline.training.config import TrainingConfig
 from tune.config import SearchConfig
 
 # Side in pixels of the images for which the presets' random shifts are meant.
 SHIFTED_SIDE = 32
+T = TypeVar("T")
 
 
 def quickstart() -> PipelineConfig:
@@ -130,19 +132,38 @@ def keras_example() -> PipelineConfig:
     )
 
 
-def with_source(config: PipelineConfig, source: str) -> PipelineConfig:
-    """`config` with another data source, fitted to its images and classes; no flips where they change the class."""
-    info = SOURCES[source]
-    return replace(
+def with_source(config: PipelineConfig, data: DatasetConfig) -> PipelineConfig:
+    """`config` with another data source, fitted to its images and classes; no flips where they may change the class.
+
+    The sections are not checked against each other, since options of the command line may correct what does not fit.
+
+    Args:
+        config: A preset.
+        data: Names the source; if it is `files`, `find_images` has found them.
+    """
+    info = source_of(data)
+    try:
+        model = model_presets.for_images(config.model, info.image_shape, info.num_classes)
+    except ValueError:  # such as patches that do not divide the image
+        model = _unchecked(config.model, image_shape=info.image_shape, num_classes=info.num_classes)
+    return _unchecked(
         config,
-        data=replace(config.data, source=info.name),  # type: ignore[arg-type]  # a key of SOURCES
-        model=model_presets.for_images(config.model, info.image_shape, info.num_classes),
+        data=data,
+        model=model,
         train=replace(
             config.train,
-            random_flip=config.train.random_flip and info.flips,
+            random_flip=config.train.random_flip and bool(info.flips),
             random_crop_padding=config.train.random_crop_padding * max(1, min(info.image_shape[:2]) // SHIFTED_SIDE),
         ),
     )
+
+
+def _unchecked(section: T, **changes: Any) -> T:
+    """`dataclasses.replace` without the checks of `__post_init__`."""
+    made = copy.copy(section)
+    for name, value in changes.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _preset(source: str, model: PerceiverConfig, **sections: Any) -> PipelineConfig:

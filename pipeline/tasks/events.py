@@ -1,8 +1,21 @@
-"""What a search reports to the driver while it runs. Imports no Ray: the driver's display knows these classes."""
+"""What tasks report to the driver while they run. Imports no Ray: the driver's display knows these classes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line for the person who waits.
+
+    Attributes:
+        task: Name of the task.
+        text: The line.
+    """
+
+    task: str
+    text: str
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline.data.sources import SOURCES
+from pipeline.data.sources import source_of
 from pipeline.fields import keyed
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.steps import evaluate, ingest, preprocess, register, report, search, train
@@ -34,15 +34,20 @@ def _workers(config: PipelineConfig) -> str:
     return f"{count} workers, {config.train.cpus_per_worker:g} CPU{gpu} each"
 
 
+def _readers(config: PipelineConfig) -> str:
+    return "all free CPUs" if config.data.source == "files" else "1 process"
+
+
 def _ingest_section(config: PipelineConfig) -> dict[str, Any]:
     data = config.data
     # A source without a test split gets one from the settings.
-    own_split = {} if SOURCES[data.source].test_rows else {"test_fraction": data.test_fraction, "seed": data.seed}
-    return {"source": data.source, "sha256": data.sha256} | own_split
+    own_split = {} if source_of(data).test_rows else {"test_fraction": data.test_fraction, "seed": data.seed}
+    files = {name: getattr(data, name) for name in ("fingerprint", "image_size", "resize", "channels", "seed")}
+    return {"source": data.source, "sha256": data.sha256} | own_split | (files if data.source == "files" else {})
 
 
 TASKS: tuple[Task[PipelineConfig], ...] = (
-    Task("ingest", 1, (), _ingest_section, ingest, lambda config: "1 process"),
+    Task("ingest", 1, (), _ingest_section, ingest, _readers),
     Task("preprocess", 1, ("ingest",), lambda config: keyed(config.data), preprocess, lambda config: "all free CPUs"),
     Task(
         "search",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings.config import PipelineConfig, flatten, trained_configs
+from pipeline.tasks.events import Said
 from pipeline.workflow import task
 
 Context = task.Context[PipelineConfig]
@@ -20,7 +21,10 @@ INPUT_EXAMPLE_ROWS = 4
 def ingest(context: Context) -> dict[str, Any]:
     from pipeline.data.ingest import ingest
 
-    return ingest(context.config.data, context.storage, context.out)
+    def say(line: str) -> None:
+        context.channel.report(Said("ingest", line))
+
+    return ingest(context.config.data, context.storage, context.out, say)
 
 
 def preprocess(context: Context) -> dict[str, Any]:
@@ -116,7 +120,7 @@ def evaluate(context: Context) -> dict[str, Any]:
 
 def register(context: Context) -> dict[str, Any]:
     from pipeline.data.shards import read_rows
-    from pipeline.data.sources import SOURCES
+    from pipeline.data.sources import source_of
     from pipeline.evaluation.predictions import read_predictions
     from pipeline.registry.register_trained import Destination, TrainedModel, register_trained
 
@@ -139,7 +143,7 @@ def register(context: Context) -> dict[str, Any]:
             row_ids=test.row_ids,
             hits=test.logits.argmax(axis=1) == test.labels,
             source=config.data.source,
-            source_description=SOURCES[config.data.source].description,
+            source_description=source_of(config.data).description,
             model=model,
             train=asdict(settings),
             data=data,

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, list_parts, read_part
 
 SHAPE = (8, 6, 3)
@@ -25,7 +26,7 @@ def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
     return data.getvalue()
 
 
-def read_all(source: ImageInput, shape: tuple[int, ...] = SHAPE, resize: bool = False) -> pa.Table:
+def read_all(source: ImageInput, shape: tuple[int, ...] = SHAPE, resize: Resize | None = None) -> pa.Table:
     for part in source.parts:
         assert Part.from_json(part.to_json()) == part
     tables = [read_part(part, source.kind, source.root, shape, resize) for part in source.parts]
@@ -102,7 +103,7 @@ def test_a_folder_of_images(tmp_path: Path, images: np.ndarray) -> None:
     found = dict(zip(table["name"].to_pylist(), pixels(table), strict=True))
     np.testing.assert_array_equal(found["sub/05.png"], images[5])
     assert (found["10.png"] == found["10.png"][..., :1]).all(), "a grey image in a coloured model"
-    resized = read_all(list_parts(str(tmp_path), 4), resize=True)
+    resized = read_all(list_parts(str(tmp_path), 4), resize="stretch")
     assert [
         name for name, error in zip(resized["name"].to_pylist(), resized["error"].to_pylist(), strict=True) if error
     ] == [

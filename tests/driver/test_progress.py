@@ -13,7 +13,7 @@ from pipeline.driver import progress
 from pipeline.driver.progress import Progress
 from pipeline.driver.trial_table import duration
 from pipeline.settings.presets import quickstart
-from pipeline.tasks.events import TrialChanged
+from pipeline.tasks.events import Said, TrialChanged
 from pipeline.training.worker import EpochEnded, StepProgress
 
 
@@ -34,11 +34,13 @@ def test_a_log_gets_plain_lines_and_none_for_each_step() -> None:
     with shown:
         shown.started("train")
         shown.reported(step(1, 10))
+        shown.reported(Said("ingest", "7 of [9] images"))
         shown.reported(EPOCH)
         shown.done("train", {"seconds": 12.34})
     lines = [re.sub(r"^ +\d+\.\d s  ", "", line).rstrip() for line in out.getvalue().splitlines()]
     assert lines == [
         "train      started",
+        "ingest     7 of [9] images",
         "train      epoch 1/30: loss 2.0000, val_loss 1.9000, val_accuracy 0.5000, 450 images/s",
         "train      done in 12.3 s",
     ]

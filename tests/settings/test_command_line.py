@@ -32,7 +32,7 @@ def test_every_preset_takes_every_source(preset: str, source: str) -> None:
     config = config_of(preset, "--data.source", source)
     assert config.model.image_shape == SOURCES[source].image_shape
     assert config.model.num_classes == SOURCES[source].num_classes
-    assert config.train.random_flip <= SOURCES[source].flips
+    assert config.train.random_flip <= bool(SOURCES[source].flips)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_help_documents_every_field_at_once() -> None:
     result = runs[0][0]
     assert result.returncode == 0
     options = options_of_help(result.stdout)
-    hidden = {"image_shape", "num_classes", "pixel_mean", "pixel_std"}
+    hidden = {"image_shape", "num_classes", "pixel_mean", "pixel_std", "fingerprint", "found"}
     expected = {"--dry-run", "--until", "--force", "--summary-json", "--storage", "--help"}
     for name, section in {f.name: getattr(cifar100(), f.name) for f in fields(PipelineConfig)}.items():
         if name != "storage":

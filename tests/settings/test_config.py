@@ -8,6 +8,7 @@ import pytest
 from command_lines import config_of
 
 from perceiver.config import PerceiverConfig
+from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import SOURCES
 from pipeline.fields import keyed
 from pipeline.settings.config import ModelConfig, PipelineConfig, flatten
@@ -24,7 +25,7 @@ def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
     execution_of_training = {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "deterministic"}
     execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept", "cache", "cache_gb"}
     sections: list[tuple[Any, set[str]]] = [
-        (config.data, {"archive"}),
+        (config.data, {"archive", "path", "max_corrupt", "found"}),
         (config.search, {"workers_per_trial", "cpus_per_trial", "max_concurrent_trials", "memory_limit_gib"}),
         (config.train, execution_of_training),
         (config.model, set()),
@@ -57,7 +58,8 @@ KEYS = {
 
 @pytest.mark.parametrize(("preset", "source"), KEYS)
 def test_runs_of_the_built_in_sources_keep_their_keys(preset: str, source: str) -> None:
-    config = with_source(PRESETS[preset](), source)
+    config = PRESETS[preset]()
+    config = with_source(config, replace(config.data, source=source))  # type: ignore[arg-type]
     assert Run(TASKS, config, Storage("unused")).keys["report"][:12] == KEYS[preset, source]
 
 
@@ -70,7 +72,7 @@ def test_what_was_added_later_is_keyed_once_it_is_given() -> None:
 def test_a_preset_for_larger_images_has_a_longer_stem_and_larger_shifts(monkeypatch: pytest.MonkeyPatch) -> None:
     large = replace(SOURCES["cifar10"], image_shape=(224, 224, 1), num_classes=500)
     monkeypatch.setitem(SOURCES, "cifar10", large)
-    config = with_source(cifar100(), "cifar10")
+    config = with_source(cifar100(), DatasetConfig("cifar10"))
     assert (config.model.num_conv_layers, config.model.num_inputs, config.model.num_latents) == (4, 196, 32)
     assert config.train.random_crop_padding == 28
 
@@ -107,7 +109,7 @@ def test_a_model_section_makes_a_perceiver_config() -> None:
     assert asdict(PerceiverConfig(**asdict(ModelConfig()))) == asdict(ModelConfig())
     with pytest.raises(ValueError, match=r"presets\.with_source"):
         PipelineConfig(model=ModelConfig(image_shape=(8, 8, 1)))
-    assert with_source(cifar100(), "cifar10").model.num_classes == 10
+    assert with_source(cifar100(), DatasetConfig("cifar10")).model.num_classes == 10
     with pytest.raises(ValueError, match="every searched field has one value"):
         SearchConfig(**{d.name: (8, 8) for d in DIMENSIONS})  # type: ignore[arg-type]
 

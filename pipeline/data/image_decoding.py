@@ -1,0 +1,177 @@
+"""From the bytes of an image file to pixels: the one decoder, of training and of batch inference.
+
+An image is turned as its EXIF orientation says, its transparent pixels are laid over white, 16-bit levels are scaled to
+8 bits, the first frame of an animation is taken, and the result is made grey or coloured as the shape wants it. ICC
+profiles are not applied. docs/data.md has a table of what each kind of file gives.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+Resize = Literal["crop", "pad", "stretch"]
+# EPS is not among them: Pillow would start Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, 256 MiB of RGB: a larger image is refused from its header, before anything is decoded."""
+BACKGROUND = 255
+"""Level of all channels behind transparent pixels and beside a padded image."""
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_COLOR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. The message says why and reads on from the image's name: "is of mode F ..."."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of an image without its pixels.
+
+    Attributes:
+        width, height: size in pixels as the image is shown, after its EXIF orientation.
+        is_grey: whether the file has one level a pixel; a palette counts as colour.
+    """
+
+    width: int
+    height: int
+    is_grey: bool
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Reads no more of an image than its header.
+
+    Raises:
+        ImageError: if it is of no known format, of too many pixels, or of a mode that is not decoded.
+    """
+    with _opened(file) as image:
+        width, height = image.size
+        # Pillow turns a TIFF by itself.
+        if image.format != "TIFF" and _orientation(image) >= 5:
+            width, height = height, width
+        return Header(width, height, image.mode in _GREY_MODES)
+
+
+def decode(data: bytes, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:
+    """An encoded image as uint8 (H, W, C), in colour or grey as the shape wants it.
+
+    Args:
+        data: the image file.
+        image_shape: height, width and channels (1 or 3) of the result.
+        resize: how an image of another size is fitted; None refuses it.
+
+    Raises:
+        ImageError: if it cannot be decoded, or is of another size and `resize` is None.
+    """
+    with _opened(io.BytesIO(data)) as image:
+        image.load()
+        turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))
+        upright = image if turn is None else image.transpose(turn)
+        return _fit(_convert(image, upright, "L" if image_shape[2] == 1 else "RGB"), image_shape, resize)
+
+
+def fit_array(pixels: np.ndarray, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:
+    """`decode` for an image that is uint8 (H, W), (H, W, 1) or (H, W, 3) already.
+
+    Raises:
+        ImageError: as `decode`, or if the array is no such image.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
+        raise ImageError(f"is {pixels.dtype} {pixels.shape}, not uint8 (H, W), (H, W, 1) or (H, W, 3)")
+    return _fit(Image.fromarray(pixels).convert("L" if image_shape[2] == 1 else "RGB"), image_shape, resize)
+
+
+@contextlib.contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    try:
+        with warnings.catch_warnings():
+            # What a file has besides its pixels may be malformed; and the number of pixels is checked here.
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                _check_mode(image)
+                yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("is of no known image format") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"has more than the {MAX_PIXELS:,} pixels that are decoded") from None
+    except Exception as error:  # Pillow's decoders raise what they like, struct.error and SyntaxError among others
+        raise ImageError(f"cannot be decoded: {error}") from error
+
+
+def _check_mode(image: Image.Image) -> None:
+    """Refuses pixels whose range of values is not defined, or that Pillow cannot convert."""
+    mode, inverted = image.mode, _tiff_tag(image, ExifTags.Base.PhotometricInterpretation, 1) == 0
+    known = mode in _GREY_MODES or mode in _COLOR_MODES
+    if not known or (mode == "I" and image.format != "PPM") or (mode.startswith("I") and inverted):
+        raise ImageError(
+            f"is a {image.format} of mode {mode}{', white as zero' if inverted else ''}, for which no range of levels "
+            "is defined: convert it to 8 or 16 bits"
+        )
+
+
+def _tiff_tag(image: Any, tag: int, default: int) -> int:
+    value = image.tag_v2.get(tag, default) if image.format == "TIFF" else default
+    return int(value[0] if isinstance(value, tuple) else value)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # malformed EXIF of an image that is whole
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _convert(file: Image.Image, image: Image.Image, mode: str) -> Image.Image:
+    """`image`, which was opened as `file`, in grey or colour of 8 bits, without transparency."""
+    if image.mode.startswith("I"):
+        peak = (1 << _tiff_tag(file, ExifTags.Base.BitsPerSample, 16)) - 1
+        levels = np.asarray(image).astype(np.int64)
+        scaled = (levels * 510 + peak) // (2 * peak)  # rounded; a conversion by Pillow would clip
+        clear = levels == file.info.get("transparency")
+        image = Image.fromarray(np.where(clear, BACKGROUND, scaled).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 4), image)
+    return image.convert(mode)
+
+
+def _fit(image: Image.Image, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:
+    height, width, channels = image_shape
+    size = (width, height)
+    if image.size != size:
+        # Pillow's bilinear filter is antialiased: it widens with the scale.
+        if resize is None:
+            found = "{} x {}".format(*image.size)
+            raise ImageError(f"is of {found} pixels, the model takes {width} x {height}: give --resize")
+        if resize == "stretch":
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        elif resize == "crop":
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        else:
+            ground = (BACKGROUND,) * channels if channels > 1 else BACKGROUND
+            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=ground)
+    return np.asarray(image).reshape(height, width, channels)

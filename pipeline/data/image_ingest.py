@@ -1,0 +1,223 @@
+"""Decodes images of one's own, each once, into the verified Parquet files of `ingest`, with Ray Data.
+
+The rows of a split are permuted before they are divided among the files, so that every file is a sample of the whole.
+A task reads the images of one file and writes it. Rows of Parquet and npz files, which cannot be read one by one, are
+decoded in their own order and then exchanged. The driver of the task holds names, labels and digests, and no pixels.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+
+from pipeline.data.config import DatasetConfig
+from pipeline.data.image_decoding import BACKGROUND
+from pipeline.data.image_rows import Decoding, check_failures, divided, listing_of
+from pipeline.data.image_survey import count_duplicates
+from pipeline.data.labelled_images import SplitFiles
+from pipeline.data.rows import Rows
+from pipeline.data.shards import from_table, write_rows
+from pipeline.storage import Storage
+
+_MOST_ROWS, _FILE_BYTES = 8192, 25 * 2**20
+"""Rows of an output file, or fewer if their pixels are more than `_FILE_BYTES`."""
+_SAY_SECONDS = 5.0
+_WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+
+
+def ingest_files(config: DatasetConfig, storage: Storage, out: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Writes the rows of `files` to Parquet files below `out`.
+
+    Args:
+        say: shows a line of progress.
+
+    Returns:
+        The manifest of `ingest`, also with `validation` among the `files` if the source has that split; `decoding`,
+        how images were decoded; `corrupt`, name and problem of images that were left out; and `duplicates`, the number
+        of images that two splits share.
+
+    Raises:
+        ValueError: if the files have changed since they were listed, or more than `max_corrupt` cannot be decoded.
+    """
+    listing, decoding = listing_of(config)
+    splits = divided(config, listing)
+    total = sum(map(len, splits.values()))
+    records: dict[str, list[dict[str, Any]]] = {}
+    progress = _Progress(total, say)
+    for split, rows in splits.items():
+        records[split] = _write_split(config, decoding, rows, storage, storage.join(out, split), progress)
+    failures = [(f["name"], f["error"]) for split in splits for record in records[split] for f in record["failures"]]
+    check_failures(config, listing, splits, sorted(failures), storage, storage.join(out, "corrupt.csv"))
+    files = {split: _entries(records[split], storage, storage.join(out, f"{split}-renumbered")) for split in splits}
+    keys = {s: np.concatenate([np.asarray(r["keys"], np.uint64) for r in records[s]]) for s in splits}
+    duplicates = count_duplicates(keys)
+    for pair, count in duplicates.items():
+        say(f"warning: {count:,} images are the same in {pair}")
+    if failures:
+        say(f"warning: {len(failures):,} of {total:,} images are left out, since they cannot be decoded")
+    return {
+        "source": config.source,
+        "image_shape": list(decoding.image_shape),
+        "num_classes": len(listing.label_names),
+        "label_names": listing.label_names,
+        "coarse_label_names": None,
+        "files": files,
+        "decoding": {"resize": config.resize, "background": BACKGROUND, "pillow": PIL.__version__},
+        "corrupt": [list(failure) for failure in sorted(failures)],
+        "duplicates": duplicates,
+    }
+
+
+def file_count(rows: int, image_shape: tuple[int, int, int]) -> int:
+    """Number of files in which so many rows of a split are written."""
+    per_file = max(1, min(_MOST_ROWS, _FILE_BYTES // int(np.prod(image_shape))))
+    return -(-rows // per_file)
+
+
+class _Progress:
+    """Says now and then how many images are decoded, and how long the rest will take."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self._total, self._say, self._done = total, say, 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, images: int) -> None:
+        self._done += images
+        now = time.monotonic()
+        if now - self._said < _SAY_SECONDS:
+            return
+        self._said = now
+        rate = self._done / (now - self._start)
+        left = (self._total - self._done) / rate
+        self._say(f"{self._done:,} of {self._total:,} images, {rate:,.0f} images/s, about {left:,.0f} s left")
+
+
+def _write_split(
+    config: DatasetConfig, decoding: Decoding, rows: SplitFiles, storage: Storage, out: str, progress: _Progress
+) -> list[dict[str, Any]]:
+    """Writes the files of a split; returns what `_write` returns of each, in order."""
+    import ray.data
+
+    from pipeline.data.ray_rows import configured, own_errors
+
+    # A tag of its own for each use of the seed.
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(2,)))
+    pieces = np.array_split(rng.permutation(len(rows)), file_count(len(rows), decoding.image_shape))
+    place = np.empty((2, len(rows)), np.int64)
+    for number, piece in enumerate(pieces):
+        place[0, piece], place[1, piece] = number, np.arange(len(piece))
+    one_by_one = decoding.kind not in ("parquet", "npz")
+    if not one_by_one:  # read as they lie; a block ends where a file ends
+        ends = np.flatnonzero(np.array(rows.files[1:]) != np.array(rows.files[:-1])) + 1
+        of_files = np.split(np.arange(len(rows)), ends)
+        counts = [file_count(len(piece), decoding.image_shape) for piece in of_files]
+        pieces = [part for piece, count in zip(of_files, counts, strict=True) for part in np.array_split(piece, count)]
+    blocks = [_table(rows.take(piece), piece, place[:, piece]) for piece in pieces]
+    dataset = configured(ray.data.from_arrow(blocks))
+    decoded = dataset.map_batches(functools.partial(_decode, decoding=decoding), **_WHOLE_BLOCKS)
+    write = functools.partial(_write, storage=storage, out=out)
+    records = []
+    with own_errors():
+        written = (
+            decoded.map_batches(write, **_WHOLE_BLOCKS)
+            if one_by_one
+            else decoded.groupby("output").map_groups(write, batch_format="pyarrow")
+        )
+        for record in written.iter_rows():
+            records.append(record)
+            progress.add(len(record["keys"]))
+    return sorted(records, key=lambda record: record["output"])
+
+
+def _table(rows: SplitFiles, row_ids: np.ndarray, place: np.ndarray) -> pa.Table:
+    return pa.table(
+        {
+            "name": pa.array(rows.names, pa.string()),
+            "file": pa.array(rows.files, pa.string()),
+            "start": rows.starts,
+            "size": rows.sizes,
+            "label": rows.labels,
+            "row_id": row_ids,
+            "output": place[0],
+            "place": place[1],
+        }
+    )
+
+
+def _decode(rows: pa.Table, decoding: Decoding) -> pa.Table:
+    """Adds the images, black where there is an error, the errors, and the keys of the contents."""
+    wanted = SplitFiles(
+        rows["name"].to_pylist(),
+        rows["file"].to_pylist(),
+        *(rows[column].to_numpy() for column in ("start", "size", "label")),
+    )
+    images = np.zeros((len(wanted), *decoding.image_shape), np.uint8)
+    errors, keys = [], np.empty(len(wanted), np.uint64)
+    for position, (image, error, key) in enumerate(decoding(wanted)):
+        errors.append(error)
+        keys[position] = key
+        if image is not None:
+            images[position] = image
+    table = rows.select(["name", "label", "row_id", "output", "place"])
+    return (
+        table.append_column("image", pa.FixedShapeTensorArray.from_numpy_ndarray(images))
+        .append_column("error", pa.array(errors, pa.string()))
+        .append_column("key", pa.array(keys))
+    )
+
+
+def _write(rows: pa.Table, storage: Storage, out: str) -> pa.Table:
+    """Writes the rows of one file that have an image; returns its entry, what failed, and all keys, as a row."""
+    number = rows["output"][0].as_py()
+    rows = rows.take(np.argsort(rows["place"].to_numpy()))
+    good = rows.filter(rows["error"].is_null())
+    failed = rows.filter(rows["error"].is_valid())
+    path = storage.join(out, f"{number:05d}.parquet")
+    record = {
+        "output": number,
+        "path": path,
+        "rows": len(good),
+        "sha256": write_rows(from_table(good), storage, path)["sha256"] if len(good) else "",
+        "keys": rows["key"].to_numpy(),
+        "failures": [{"name": f["name"], "error": f["error"]} for f in failed.select(["name", "error"]).to_pylist()],
+        "failed_ids": failed["row_id"].to_numpy(),
+    }
+    schema = pa.schema(
+        {
+            "output": pa.int64(),
+            "path": pa.string(),
+            "rows": pa.int64(),
+            "sha256": pa.string(),
+            "keys": pa.list_(pa.uint64()),
+            "failures": pa.list_(pa.struct({"name": pa.string(), "error": pa.string()})),
+            "failed_ids": pa.list_(pa.int64()),
+        }
+    )
+    return pa.Table.from_pylist([record], schema)
+
+
+def _entries(records: list[dict[str, Any]], storage: Storage, out: str) -> list[dict[str, Any]]:
+    """Manifest entries of the files; where rows failed, the others are numbered anew, so that no id is missing."""
+    from pipeline.data.ray_rows import own_errors, read_files
+
+    entries = [{name: record[name] for name in ("path", "rows", "sha256")} for record in records if record["rows"]]
+    missing = np.sort(np.concatenate([np.asarray(record["failed_ids"], np.int64) for record in records]))
+    if not len(missing):
+        return entries
+    renumber = functools.partial(_renumber, missing=missing, storage=storage, out=out)
+    with own_errors():
+        again = read_files(entries, storage).map_batches(renumber, **_WHOLE_BLOCKS).take_all()
+    for entry in entries:
+        storage.delete(entry["path"])
+    return sorted(again, key=lambda entry: entry["path"])
+
+
+def _renumber(rows: pa.Table, missing: np.ndarray, storage: Storage, out: str) -> pa.Table:
+    found = from_table(rows)
+    row_ids = found.row_ids - np.searchsorted(missing, found.row_ids)
+    path = storage.join(out, f"from-{row_ids[0]:010d}.parquet")
+    return pa.Table.from_pylist([write_rows(Rows(row_ids, found.images, found.labels), storage, path)])

@@ -1,0 +1,257 @@
+"""Images of one's own: every kind gives the same rows, in memory and through Ray Data, and mistakes are named."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from own_images import CLASSES, KINDS, SHAPE, make_images, png, write_folders, write_metadata, write_npz, write_tars
+
+from pipeline.data.config import DatasetConfig
+from pipeline.data.image_rows import load_files
+from pipeline.data.image_survey import find_duplicates, find_images
+from pipeline.data.ingest import ingest
+from pipeline.data.labelled_images import list_images
+from pipeline.data.preprocess import preprocess
+from pipeline.data.rows import Rows, rows_digest
+from pipeline.data.shards import read_rows
+from pipeline.storage import Storage
+
+
+def found(path: Path, **settings: Any) -> DatasetConfig:
+    return find_images(DatasetConfig("files", path=str(path), **settings), str(path.parent / "runs"))
+
+
+def expected_rows() -> dict[str, Rows]:
+    """What every kind gives: rows numbered in order of class and name."""
+    return {
+        split: Rows.of(
+            np.stack([image for *_, image in rows]),
+            np.array([CLASSES.index(name) for name, *_ in rows], np.int32),
+        )
+        for split, rows in make_images().items()
+    }
+
+
+def ingested_rows(manifest: dict[str, Any], split: str, storage: Storage) -> Rows:
+    files = [read_rows(entry, storage) for entry in manifest["files"][split]]
+    parts = [np.concatenate([getattr(rows, name) for rows in files]) for name in ("row_ids", "images", "labels")]
+    order = np.argsort(parts[0])
+    return Rows(*(part[order] for part in parts))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    KINDS[kind](tmp_path / "images")
+    config, storage = found(tmp_path / "images"), Storage(str(tmp_path / "runs"))
+    assert config.found is not None
+    assert (config.found.kind, config.found.image_shape, config.found.num_classes) == (kind, SHAPE, 3)
+    expected = {split: rows_digest(rows) for split, rows in expected_rows().items()}
+    raw = load_files(config)
+    assert raw.validation is not None
+    in_memory = {"train": raw.train, "val": raw.validation, "test": raw.test}
+    assert {split: rows_digest(rows) for split, rows in in_memory.items()} == expected
+    manifest = ingest(config, storage, "ingested")
+    assert manifest["label_names"] == list(CLASSES)
+    assert (manifest["corrupt"], manifest["duplicates"]) == ([], {})
+    (file,) = manifest["files"]["train"]
+    assert not np.array_equal(read_rows(file, storage).row_ids, np.arange(42)), "the rows of a file are mixed"
+    ready = preprocess(replace(config, num_shards=2), manifest, storage, "ready")
+    digests = {split: described["digest"] for split, described in ready["splits"].items()}
+    assert digests == {"train": expected["train"], "validation": expected["val"], "test": expected["test"]}
+    assert ready["decoding"]["resize"] == "crop"
+
+
+def test_splits_that_the_source_lacks_are_taken_by_the_settings(tmp_path: Path) -> None:
+    write_folders(tmp_path / "all")
+    shutil.copytree(tmp_path / "all" / "train", tmp_path / "images")
+    config = found(tmp_path / "images", test_fraction=0.5)
+    raw, again, other = load_files(config), load_files(config), load_files(replace(config, seed=1))
+    assert raw.validation is None
+    assert [np.bincount(rows.labels).tolist() for rows in (raw.train, raw.test)] == [[7, 7, 7], [7, 7, 7]]
+    assert rows_digest(raw.test) == rows_digest(again.test) != rows_digest(other.test)
+    together = np.concatenate([raw.train.images, raw.test.images]).reshape(42, -1)
+    assert len(np.unique(together, axis=0)) == 42
+    lacks_test = tmp_path / "lacks test"
+    shutil.copytree(tmp_path / "all", lacks_test)
+    shutil.rmtree(lacks_test / "test")
+    (lacks_test / "val").rename(lacks_test / "Dev")
+    config = found(lacks_test)
+    assert config.found is not None
+    assert (config.found.train_rows, config.found.validation_rows, config.found.test_rows) == (42, 9, 0)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_files_that_prove_corrupt_when_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their headers are whole: they are found by `ingest`, counted, and leave no gap among the row ids."""
+    write_folders(tmp_path / "images")
+    for name in ("train/cat/train03.png", "train/newt/train13.png"):
+        path = tmp_path / "images" / name
+        path.write_bytes(path.read_bytes()[:-40])
+    config, storage = found(tmp_path / "images"), Storage(str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match=r"max_corrupt = 0: 2 of 60 .* first train/cat/train03\.png, which cannot"):
+        ingest(config, storage, "refused")
+    with (tmp_path / "runs" / "refused" / "corrupt.csv").open(newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)] == ["train/cat/train03.png", "train/newt/train13.png"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"max_corrupt = 1: 2 of 60 .* the list is in {tmp_path}/corrupt.csv"):
+        load_files(replace(config, max_corrupt=1))
+    for path in (tmp_path / "images" / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="no image of validation can be used"):
+        load_files(found(tmp_path / "images", max_corrupt=11))
+    shutil.rmtree(tmp_path / "images" / "val")
+    config, said = found(tmp_path / "images", max_corrupt=2), list[str]()
+    manifest = ingest(config, storage, "ingested", said.append)
+    assert [name for name, _ in manifest["corrupt"]] == ["train/cat/train03.png", "train/newt/train13.png"]
+    rows = ingested_rows(manifest, "train", storage)
+    assert rows.row_ids.tolist() == list(range(40))
+    assert rows_digest(rows) == rows_digest(load_files(config).train)
+    assert said == ["warning: 2 of 51 images are left out, since they cannot be decoded"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_same_image_in_two_splits_is_a_warning(tmp_path: Path) -> None:
+    write_folders(tmp_path / "images")
+    shutil.copy(tmp_path / "images/train/cat/train00.png", tmp_path / "images/test/cat/again.png")
+    shutil.copy(tmp_path / "images/train/dog/train05.png", tmp_path / "images/val/cat/again.png")
+    expected = {"train and validation": 1, "train and test": 1}
+    assert find_duplicates(list_images(str(tmp_path / "images"))) == expected
+    said: list[str] = []
+    manifest = ingest(found(tmp_path / "images"), Storage(str(tmp_path / "runs")), "ingested", said.append)
+    assert manifest["duplicates"] == expected
+    assert said[0] == "warning: 1 images are the same in train and validation"
+
+
+def test_an_input_is_known_by_names_sizes_and_times_or_by_its_content(tmp_path: Path) -> None:
+    write_folders(tmp_path / "images")
+    config = found(tmp_path / "images")
+    assert config.fingerprint == found(tmp_path / "images").fingerprint
+    with pytest.raises(ValueError, match=r"have the SHA-256 ([0-9a-f]{64})") as caught:
+        found(tmp_path / "images", sha256="0" * 64)
+    sha256 = str(caught.value).partition("have the SHA-256 ")[2][:64]
+    assert found(tmp_path / "images", sha256=sha256).fingerprint is None
+    os.utime(tmp_path / "images" / "train" / "cat" / "train00.png", (1, 1))
+    assert config.fingerprint != found(tmp_path / "images").fingerprint
+    assert found(tmp_path / "images", sha256=sha256).fingerprint is None, "the times are not part of the content"
+    with pytest.raises(ValueError, match="has changed since it was listed: give the command again"):
+        load_files(config)
+    (tmp_path / "images" / "train" / "cat" / "new.png").write_bytes(png(np.zeros(SHAPE, np.uint8)))
+    with pytest.raises(ValueError, match=rf"data\.sha256 = '{sha256}'"):
+        found(tmp_path / "images", sha256=sha256)
+
+
+def drop_train_cats(root: Path) -> None:
+    shutil.rmtree(root / "train" / "cat")
+
+
+def make_one_grey(root: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (6, 6)).save(root / "train" / "cat" / "grey.png")
+
+
+def make_one_larger(root: Path) -> None:
+    (root / "train" / "cat" / "large.png").write_bytes(png(np.zeros((7, 9, 3), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("write", "change", "message"),
+    [
+        (
+            write_folders,
+            drop_train_cats,
+            "1 classes have images in validation and none in train, such as cat: add them",
+        ),
+        (write_folders, lambda root: (root / "train" / "owl").mkdir(), "the folder train/owl has no images: fill"),
+        (
+            write_folders,
+            lambda root: (root / "train").rename(root / "test2"),
+            "holds the splits test, val and also test2",
+        ),
+        (write_folders, lambda root: shutil.rmtree(root / "train"), "has no images in train/, but in validation"),
+        (
+            write_folders,
+            make_one_grey,
+            r"data\.channels = None: 1 images are grey and 60 in colour: give --data\.channels 3",
+        ),
+        (
+            write_folders,
+            make_one_larger,
+            "the images are of 2 sizes from 6 x 6 to 9 x 7, median 6 x 6: give --data.image-size",
+        ),
+        (write_folders, shutil.rmtree, "no such file or folder"),
+        (write_metadata, lambda root: (root / "cat-val00.png").unlink(), "line 44: 'cat-val00.png' is not among"),
+        (
+            write_metadata,
+            lambda root: (root / "metadata.csv").write_text("file_name\nx.png\n"),
+            "metadata.csv has no column label: it must have",
+        ),
+        (
+            write_metadata,
+            lambda root: (root / "metadata.csv").write_text("file_name,label,split\ncat-val00.png,cat,mine\n"),
+            "line 2: 'cat-val00.png' has the split 'mine', which is none of train",
+        ),
+        (
+            write_metadata,
+            lambda root: (root / "metadata.csv").unlink(),
+            "holds 60 images, but in no folders of classes",
+        ),
+        (
+            write_tars,
+            lambda root: (root / "test-000000.tar").write_bytes(b"x" * 600),
+            "test-000000.tar is no whole tar",
+        ),
+        (
+            write_npz,
+            lambda root: np.savez(root / "train.npz", images=np.zeros((2, 6, 6), np.uint8), labels=np.array([0, 2])),
+            "some labels are numbers and some are text",
+        ),
+        (
+            write_npz,
+            lambda root: np.savez(root / "train.npz", images=np.zeros((2, 6, 6)), labels=["cat", "dog"]),
+            r"expected images uint8 \(N, H, W\)",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(
+    write: Callable[[Path], None], change: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "images")
+    change(tmp_path / "images")
+    with pytest.raises(ValueError, match=message):
+        found(tmp_path / "images")
+
+
+def test_labels_with_a_gap(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", images=np.zeros((4, 6, 6), np.uint8), labels=np.array([0, 1, 1, 3]))
+    with pytest.raises(ValueError, match="1 of 4 classes have no images, such as 2: add them, or number the others"):
+        found(tmp_path / "one.npz")
+    np.savez(tmp_path / "one.npz", images=np.zeros((4, 6, 6), np.uint8), labels=np.array([0, -1, 1, 3]))
+    with pytest.raises(ValueError, match="labels are from -1 to 3"):
+        found(tmp_path / "one.npz")
+
+
+def test_a_column_that_would_be_unpickled_is_refused_by_its_type(tmp_path: Path) -> None:
+    from ray.data.extensions import ArrowPythonObjectArray
+
+    marker = tmp_path / "was run"
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch '{marker}'",)
+
+    (tmp_path / "images").mkdir()
+    table = pa.table({"image": ArrowPythonObjectArray.from_objects([Trap(), Trap()]), "label": [0, 1]})
+    pq.write_table(table, tmp_path / "images" / "train.parquet")
+    with pytest.raises(ValueError, match="has no column `image` of encoded images"):
+        found(tmp_path / "images")
+    assert not marker.exists()
