@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.data.file_tree import IMAGE_SUFFIXES, list_files, suffix_of
 from pipeline.data.image_containers import is_encoded, row_groups
 from pipeline.data.image_decoding import Resize, decode
+from pipeline.data.shards import with_tensors
 from pipeline.storage import Storage
 
 
@@ -137,7 +138,7 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
         if "row_ids" in arrays:
             row_ids = arrays["row_ids"][part.start : part.stop]
     else:
-        table = _read_rows(part, root)
+        table = with_tensors(_read_rows(part, root))  # the shards of a run can be classified too
         if "row_id" in table.column_names:
             row_ids = table["row_id"].to_numpy()
         column = table["image"].combine_chunks()

@@ -58,7 +58,11 @@ def read_table(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
         data: The whole file.
         columns: Names of the columns to read; those that it lacks are left out. None reads all.
     """
-    table = pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
+    return with_tensors(pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False))
+
+
+def with_tensors(table: pa.Table) -> pa.Table:
+    """A table read from a shard with its images as a fixed-shape tensor; any other table as it is."""
     metadata = table.schema.metadata or {}
     if _SHAPE not in metadata or "image" not in table.column_names:
         return table

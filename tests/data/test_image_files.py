@@ -11,6 +11,9 @@ from PIL import Image
 
 from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, list_parts, read_part
+from pipeline.data.rows import Rows
+from pipeline.data.shards import write_rows
+from pipeline.storage import Storage
 
 SHAPE = (8, 6, 3)
 
@@ -63,6 +66,15 @@ def test_parquet_of_tensors(tmp_path: Path, images: np.ndarray, row_group_size: 
     table = read_all(source)
     np.testing.assert_array_equal(pixels(table), images)
     assert table["row_id"].to_pylist() == list(range(25)), "without ids of its own the index in the whole input"
+
+
+def test_shards_of_a_run_can_be_classified(tmp_path: Path, images: np.ndarray) -> None:
+    rows = Rows(np.arange(25) + 7, images, np.zeros(25, np.int32))
+    write_rows(rows, Storage(str(tmp_path)), "shards/00000.parquet")
+    table = read_all(list_parts(str(tmp_path / "shards"), 10))  # parts begin in the middle of the file
+    np.testing.assert_array_equal(pixels(table), images)
+    assert table["row_id"].to_pylist() == rows.row_ids.tolist()
+    assert table["error"].null_count == 25
 
 
 @pytest.mark.parametrize("nested", [False, True])
