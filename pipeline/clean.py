@@ -97,15 +97,21 @@ def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
 def _items_of_needed_task(folder: str, files: Files, attempt: str) -> list[Item]:
     """The output of a finished task that is needed, and what other attempts left in its folder, which is not."""
     kept_folders = (f"{folder}/{attempt}/", f"{folder}/state/trials/")
-    leftovers = {"/".join(path.split("/")[:4]) for path in files if not path.startswith(kept_folders)}
-    leftovers -= {f"{folder}/{MANIFEST}"}
+    # A folder that also holds something that is kept is not deleted as a whole.
+    shared = {"/".join(path.split("/")[:4]) for path in files if path.startswith(kept_folders)}
+    leftovers = set()
+    for path in files:
+        if not path.startswith(kept_folders) and path != f"{folder}/{MANIFEST}":
+            parts = path.split("/")
+            top = "/".join(parts[:4])
+            leftovers.add("/".join(parts[:5]) if top in shared else top)
     contents = {leftover: _below(files, leftover) for leftover in sorted(leftovers)}
     removable = {path for inside in contents.values() for path in inside}
     kept = {path: info for path, info in files.items() if path not in removable}
     return [
         _item(folder, "output", kept, needed=True, has_manifest=True),
         *(
-            _item(leftover, "state" if leftover.endswith("/state") else "attempt", inside)
+            _item(leftover, "state" if leftover.startswith(f"{folder}/state") else "attempt", inside)
             for leftover, inside in contents.items()
             if inside
         ),

@@ -100,6 +100,7 @@ def test_what_no_version_needs_is_deleted(storage: Storage) -> None:
 def test_the_trials_of_a_finished_search_stay(storage: Storage) -> None:
     home = "tasks/search/a"
     storage.write_bytes(f"{home}/state/trials/trial-0001.json", b"{}")
+    storage.write_bytes(f"{home}/state/checkpoints/trial-0001/late", bytes(10))
     storage.write_bytes(f"{home}/attempt-0/file", bytes(10))
     storage.write_json(f"{home}/manifest.json", {"task": "search", "attempt": "attempt-1", "inputs": {}, "output": {}})
     train = storage.read_json("tasks/train/a/manifest.json")
