@@ -1,8 +1,6 @@
 """Streamed reading of real shards: exact pixels, few reads after a resume, named errors, bounded memory."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,32 +124,6 @@ def test_evaluation_visits_every_row_once_in_the_order_of_the_shards(
         parts = [next(rank) for _ in slices[0] for rank in ranks]
         np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), np.arange(len(data)))
         np.testing.assert_array_equal(np.concatenate([images for images, _ in parts]), made[1].images)
-
-
-def test_a_worker_that_is_killed_leaves_nothing_and_another_goes_on(made: Any, data: StreamedRows) -> None:
-    """Kills a reading process at a random step; another number of workers continues with the same ids and pixels."""
-    storage, _, shards = made
-    code = f"""if True:
-        import json, sys
-        from pipeline.data.shard_reader import ShardReader
-        from pipeline.data.streamed_rows import StreamedRows
-        from pipeline.storage import Storage
-        data = StreamedRows(ShardReader(Storage(sys.argv[1])), json.loads(sys.argv[2]), {SHAPE}, {8 * 23 * 90})
-        for epoch, step, batch in data.global_batches({SIZE}, 5, slice(0, {SIZE}), epoch=0, step=0):
-            print(epoch, step, *batch.take(slice(0, {SIZE})).row_ids, flush=True)
-    """
-    command = [sys.executable, "-c", code, storage.root, json.dumps(shards)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    seen = [[int(word) for word in process.stdout.readline().split()] for _ in range(17)]
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    *_, (epoch, step, *_) = seen
-    ranks = [taken(data, slice(8 * rank, 8 * rank + 8), epoch, step) for rank in range(4)]
-    np.testing.assert_array_equal(np.concatenate([next(rank).row_ids for rank in ranks]), seen[-1][2:])
-    unbroken = np.array([ids for _, _, *ids in seen])
-    np.testing.assert_array_equal(unbroken, [rows.row_ids for rows in islice(taken(data, slice(0, SIZE)), 17)])
 
 
 def test_a_changed_or_missing_shard_is_named(tmp_path: Path) -> None:
