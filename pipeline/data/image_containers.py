@@ -179,7 +179,8 @@ class _npz_images:
 
 
 def read_images(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Encoded]:
-    """The images of `rows` in order. Rows of Parquet and npz files must follow each other as they do there.
+    """The images of `rows` in order. Those of a Parquet or npz file must be in the order of the file; some may be left
+    out, as are those that are held out for the test.
 
     Raises:
         ValueError: if a file has changed since it was listed, or cannot be read; names it.
@@ -188,9 +189,11 @@ def read_images(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Encoded]
         read = _read_parquet if kind == "parquet" else _read_npz
         position = 0
         for file, group in itertools.groupby(rows.files):
-            count = len(list(group))
-            yield from read(root, file, int(rows.starts[position]), count)
-            position += count
+            wanted = rows.starts[position : (position := position + len(list(group)))]
+            assert (np.diff(wanted) > 0).all(), f"{file}: the rows are not in the order of the file"
+            first = int(wanted[0])
+            is_wanted = np.isin(np.arange(first, int(wanted[-1]) + 1), wanted)
+            yield from itertools.compress(read(root, file, first, len(is_wanted)), is_wanted)
     else:
         yield from _each(root, rows, lambda file, start, size: _read_range(root, kind, file, start, size, whole=True))
 

@@ -62,12 +62,32 @@ def test_every_kind_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
     manifest = ingest(config, storage, "ingested")
     assert manifest["label_names"] == list(CLASSES)
     assert (manifest["corrupt"], manifest["duplicates"]) == ([], {})
-    (file,) = manifest["files"]["train"]
-    assert not np.array_equal(read_rows(file, storage).row_ids, np.arange(42)), "the rows of a file are mixed"
     ready = preprocess(replace(config, num_shards=2), manifest, storage, "ready")
     digests = {split: described["digest"] for split, described in ready["splits"].items()}
     assert digests == {"train": expected["train"], "validation": expected["val"], "test": expected["test"]}
     assert ready["decoding"]["resize"] == "crop"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_held_out_keep_their_images(kind: str, tmp_path: Path) -> None:
+    """The rows of a file that stay in `train` then do not follow each other."""
+    KINDS[kind](tmp_path / "images")
+    for path in sorted((tmp_path / "images").rglob("*"), reverse=True):
+        if path.name == "metadata.csv":
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if not line.strip().endswith((",val", ",test"))))
+        elif any(word in str(path.relative_to(tmp_path)) for word in ("val", "test")):
+            path.rmdir() if path.is_dir() else path.unlink()
+    config, storage = found(tmp_path / "images", test_fraction=0.3), Storage(str(tmp_path / "runs"))
+    raw, all_rows = load_files(config), expected_rows()["train"]
+    label_of = {image.tobytes(): label for image, label in zip(all_rows.images, all_rows.labels, strict=True)}
+    for split, count in (("train", 30), ("test", 12)):
+        rows = ingested_rows(ingest(config, storage, "ingested"), split, storage)
+        assert rows_digest(rows) == rows_digest(raw.test if split == "test" else raw.train)
+        assert len(rows) == count
+        assert [label_of.pop(image.tobytes()) for image in rows.images] == rows.labels.tolist()
+    assert label_of == {}
 
 
 def test_splits_that_the_source_lacks_are_taken_by_the_settings(tmp_path: Path) -> None:
