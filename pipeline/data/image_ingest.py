@@ -1,8 +1,7 @@
 """Decodes images of one's own, each once, into the verified Parquet files of `ingest`, with Ray Data.
 
-The rows of a split are permuted before they are divided among the files, so that every file is a sample of the whole.
-A task reads the images of one file and writes it. Rows of Parquet and npz files, which cannot be read one by one, are
-decoded in their own order and then exchanged. The driver of the task holds names, labels and digests, and no pixels.
+The rows of a split are divided among the files in their order, and a task reads the images of one file and writes it;
+`preprocess` shuffles them. The driver of the task holds names, labels and digests, and no pixels.
 """
 
 import functools
@@ -104,36 +103,28 @@ def _write_split(
 
     from pipeline.data.ray_rows import configured, own_errors
 
-    # A tag of its own for each use of the seed.
-    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(2,)))
-    pieces = np.array_split(rng.permutation(len(rows)), file_count(len(rows), decoding.image_shape))
-    place = np.empty((2, len(rows)), np.int64)
-    for number, piece in enumerate(pieces):
-        place[0, piece], place[1, piece] = number, np.arange(len(piece))
-    one_by_one = decoding.kind not in ("parquet", "npz")
-    if not one_by_one:  # read as they lie; a block ends where a file ends
+    ends = np.arange(0)
+    if decoding.kind in ("parquet", "npz"):  # a task reads from one of these only
         ends = np.flatnonzero(np.array(rows.files[1:]) != np.array(rows.files[:-1])) + 1
-        of_files = np.split(np.arange(len(rows)), ends)
-        counts = [file_count(len(piece), decoding.image_shape) for piece in of_files]
-        pieces = [part for piece, count in zip(of_files, counts, strict=True) for part in np.array_split(piece, count)]
-    blocks = [_table(rows.take(piece), piece, place[:, piece]) for piece in pieces]
+    pieces = [
+        part
+        for piece in np.split(np.arange(len(rows)), ends)
+        for part in np.array_split(piece, file_count(len(piece), decoding.image_shape))
+    ]
+    blocks = [_table(rows.take(piece), piece, number) for number, piece in enumerate(pieces)]
     dataset = configured(ray.data.from_arrow(blocks))
     decoded = dataset.map_batches(functools.partial(_decode, decoding=decoding), **_WHOLE_BLOCKS)
     write = functools.partial(_write, storage=storage, out=out)
     records = []
     with own_errors():
-        written = (
-            decoded.map_batches(write, **_WHOLE_BLOCKS)
-            if one_by_one
-            else decoded.groupby("output").map_groups(write, batch_format="pyarrow")
-        )
+        written = decoded.map_batches(write, **_WHOLE_BLOCKS)
         for record in written.iter_rows():
             records.append(record)
             progress.add(len(record["keys"]))
     return sorted(records, key=lambda record: record["output"])
 
 
-def _table(rows: SplitFiles, row_ids: np.ndarray, place: np.ndarray) -> pa.Table:
+def _table(rows: SplitFiles, row_ids: np.ndarray, output: int) -> pa.Table:
     return pa.table(
         {
             "name": pa.array(rows.names, pa.string()),
@@ -142,8 +133,7 @@ def _table(rows: SplitFiles, row_ids: np.ndarray, place: np.ndarray) -> pa.Table
             "size": rows.sizes,
             "label": rows.labels,
             "row_id": row_ids,
-            "output": place[0],
-            "place": place[1],
+            "output": np.full(len(rows), output),
         }
     )
 
@@ -162,7 +152,7 @@ def _decode(rows: pa.Table, decoding: Decoding) -> pa.Table:
         keys[position] = key
         if image is not None:
             images[position] = image
-    table = rows.select(["name", "label", "row_id", "output", "place"])
+    table = rows.select(["name", "label", "row_id", "output"])
     return (
         table.append_column("image", pa.FixedShapeTensorArray.from_numpy_ndarray(images))
         .append_column("error", pa.array(errors, pa.string()))
@@ -173,7 +163,6 @@ def _decode(rows: pa.Table, decoding: Decoding) -> pa.Table:
 def _write(rows: pa.Table, storage: Storage, out: str) -> pa.Table:
     """Writes the rows of one file that have an image; returns its entry, what failed, and all keys, as a row."""
     number = rows["output"][0].as_py()
-    rows = rows.take(np.argsort(rows["place"].to_numpy()))
     good = rows.filter(rows["error"].is_null())
     failed = rows.filter(rows["error"].is_valid())
     path = storage.join(out, f"{number:05d}.parquet")

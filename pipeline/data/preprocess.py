@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ import pyarrow as pa
 import ray.data
 
 from pipeline.data.config import DatasetConfig
+from pipeline.data.exchange import Target, exchange
 from pipeline.data.ray_rows import own_errors, read_files
-from pipeline.data.rows import row_digests, stratified_split
-from pipeline.data.shards import from_table, write_rows
+from pipeline.data.rows import Rows, row_digests, stratified_split
+from pipeline.data.shards import write_rows
 from pipeline.storage import Storage
 
 _EVALUATION_SHARDS = 4
@@ -69,9 +69,11 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
             for split, (source, row_ids, num_shards) in splits.items()
             for number, part in enumerate(_shuffled_parts(row_ids, num_shards, row_bytes, config.seed))
         ]
-        placed = [part.map_batches(_placing(shards, name), **_WHOLE_BLOCKS) for name, part in rows.items()]
+        blocks = [(block, number) for number, part in enumerate(rows.values()) for block in part.to_arrow_refs()]
+        targets = [_target(shards, name) for name in rows]
+        del rows  # so that a block is released once it is cut
         write = functools.partial(_write_shard, storage=storage, paths=[shard.path for shard in shards])
-        records = placed[0].union(*placed[1:]).groupby("shard").map_groups(write, batch_format="pyarrow").take_all()
+        records = list(exchange(blocks, targets, [len(shard.row_ids) for shard in shards], row_bytes, write))
 
     records.sort(key=lambda record: record["shard"])
     written = {
@@ -108,33 +110,25 @@ def _shuffled_parts(row_ids: np.ndarray, least_parts: int, row_bytes: int, seed:
     return np.array_split(order, min(max(least_parts, -(-len(order) // rows)), len(order)))
 
 
-def _placing(shards: list[_Shard], source: str) -> Callable[[pa.Table], pa.Table]:
-    """A function that adds to every row of `source` the number of its shard and its place in it."""
+def _target(shards: list[_Shard], source: str) -> Target:
+    """Where each row of `source` goes."""
     own = [(number, shard.row_ids) for number, shard in enumerate(shards) if shard.source == source]
     row_ids = np.concatenate([ids for _, ids in own])
-    shard_of, place_of = np.empty((2, len(row_ids)), np.int64)
-    shard_of[row_ids] = np.concatenate([np.full(len(ids), number) for number, ids in own])
-    place_of[row_ids] = np.concatenate([np.arange(len(ids)) for _, ids in own])
-
-    def place(rows: pa.Table) -> pa.Table:
-        ids = rows["row_id"].to_numpy()
-        return rows.append_column("shard", pa.array(shard_of[ids])).append_column("place", pa.array(place_of[ids]))
-
-    return place
+    target = Target(*np.empty((2, len(row_ids)), np.int64))
+    target.shard[row_ids] = np.concatenate([np.full(len(ids), number) for number, ids in own])
+    target.place[row_ids] = np.concatenate([np.arange(len(ids)) for _, ids in own])
+    return target
 
 
-def _write_shard(rows: pa.Table, storage: Storage, paths: list[str]) -> pa.Table:
-    """Writes the rows of one shard; returns what goes into the manifest, as a table of one row."""
-    number = rows["shard"][0].as_py()
-    shard = from_table(rows).take(np.argsort(rows["place"].to_numpy()))
+def _write_shard(number: int, shard: Rows, storage: Storage, paths: list[str]) -> dict[str, Any]:
+    """Writes the rows of one shard; returns what goes into the manifest."""
     channels = shard.images.reshape(-1, shard.image_shape[-1]).T
-    record = {
+    return {
         "shard": number,
         "sha256": write_rows(shard, storage, paths[number])["sha256"],
         "row_digests": row_digests(shard),
         "histograms": [np.bincount(channel, minlength=256) for channel in channels],
     }
-    return pa.Table.from_pylist([record])
 
 
 def _describe(written: list[tuple[_Shard, dict[str, Any]]], labels: np.ndarray, num_classes: int) -> dict[str, Any]:
