@@ -5,10 +5,12 @@
 
 A registered version needs the tasks that made it and the report on it. Of a finished task, the state that an
 interrupted attempt would resume from is not needed, except for the trials of a search, which later searches reuse.
-Files younger than `--keep-hours` stay, because a run may be using them. MLflow's own files are not touched. Exit codes:
-0 done, 2 an argument cannot be used.
+Files younger than `--keep-hours` stay, because a run may be using them. MLflow's own files, files of other programs and
+what is behind a link are not touched. Exit codes: 0 done, 2 an argument cannot be used.
 """
 
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +21,22 @@ from typing import Annotated, Any
 import pyarrow.fs as pafs
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from pipeline.command import run_command
 from pipeline.driver.progress import make_console
+from pipeline.masking import MASK
 from pipeline.registry.fetch import registered_uris
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
+from pipeline.tasks.graph import TASKS
+from pipeline.workflow.run import read_manifest
 
 MANIFEST = "manifest.json"
+# What the pipeline writes, and nothing else may be deleted: folders of tasks by their keys, and what lies in them. Each
+# run also leaves a file `runs/KEY.json`.
+KEY, CHILD = re.compile(r"[0-9a-f]{64}"), re.compile(r"manifest\.json|state|attempt-[0-9a-f-]+|.*\.tmp")
+RUN_FILE = re.compile(r"[0-9a-f]{64}\.json")
 SECONDS_PER_HOUR = 3600
 Files = Mapping[str, pafs.FileInfo]
 
@@ -77,21 +88,42 @@ def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
     Raises:
         ValueError: If a registry that a run has recorded does not exist.
     """
-    files = _files(storage, "tasks")
-    folders = sorted({"/".join(path.split("/")[:3]) for path in files if path.count("/") >= 3})
+    contents = _contents(storage)
+    folders = sorted(contents)
+    files = {path: info for content in contents.values() for path, info in content.items()}
     manifests = {
-        folder: storage.read_json(f"{folder}/{MANIFEST}") for folder in folders if f"{folder}/{MANIFEST}" in files
+        folder: read_manifest(storage, f"{folder}/{MANIFEST}", folder.split("/")[1])
+        for folder in folders
+        if f"{folder}/{MANIFEST}" in files
     }
     needed = _needed_folders(manifests, tracking_uri)
     items: list[Item] = []
     for folder in folders:
-        own = _below(files, folder)
+        own = contents[folder]
         if folder in needed and folder in manifests:
             items += _items_of_needed_task(folder, own, manifests[folder]["attempt"])
         else:
             finished = folder in manifests
             items.append(_item(folder, "output" if finished else "unfinished", own, has_manifest=finished))
     return items
+
+
+def _contents(storage: Storage) -> dict[str, Files]:
+    """The files of each folder of a task, by its path, without those of other programs and what is behind links."""
+    found = {}
+    for task in TASKS:
+        home = f"tasks/{task.name}"
+        if _is_link(storage, "tasks") or _is_link(storage, home):
+            continue
+        for key in filter(KEY.fullmatch, storage.list(home)):
+            folder = f"{home}/{key}"
+            if not _is_link(storage, folder) and all(map(CHILD.fullmatch, storage.list(folder))):
+                found[folder] = _files(storage, folder)
+    return {folder: files for folder, files in found.items() if files}
+
+
+def _is_link(storage: Storage, path: str) -> bool:
+    return storage.is_local and os.path.islink(storage.fs_path(path))
 
 
 def _items_of_needed_task(folder: str, files: Files, attempt: str) -> list[Item]:
@@ -130,10 +162,15 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
     Raises:
         ValueError: As `list_items`, or if the storage does not exist.
     """
-    console, storage = console or make_console(), Storage(options.storage)
+    console, storage = console or make_console(), open_storage(options.storage)
     if not storage.exists(""):
         raise ValueError(f"storage = {options.storage!r}: no such folder")
     items = list_items(storage, options.tracking_uri)
+    if items and not any(map(RUN_FILE.fullmatch, storage.list("runs"))):
+        raise ValueError(
+            f"storage = {options.storage!r} has no runs/KEY.json, which every run leaves: it is not the storage of a "
+            "pipeline; give that"
+        )
     deleted = [item for item in items if not item.needed and item.hours >= options.keep_hours]
     _show(items, deleted, options, console)
     if options.remove:
@@ -174,7 +211,12 @@ def _needed_folders(manifests: Mapping[str, dict[str, Any]], tracking_uri: str |
 
 
 def _check_registry(uri: str) -> None:
-    """Raises a ValueError if `uri` is an SQLite file that does not exist: MLflow would create an empty one."""
+    """Raises a ValueError if `uri` is an SQLite file that does not exist: MLflow would create an empty one.
+
+    Likewise if it is without the login that it had when it was recorded.
+    """
+    if f"://{MASK}@" in uri:
+        raise ValueError(f"the registry {uri} was recorded without its login: give --tracking-uri")
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise ValueError(f"the registry {uri} is not there, so what it needs is not known: give --tracking-uri")
 
@@ -192,7 +234,7 @@ def _below(files: Files, folder: str) -> Files:
 
 
 def _show(items: Sequence[Item], deleted: Sequence[Item], options: CleanOptions, console: Console) -> None:
-    table = Table("task", "key", "what", "size", "written", "", title=f"{options.storage}: {_size(items)}")
+    table = Table("task", "key", "what", "size", "written", "", title=escape(f"{options.storage}: {_size(items)}"))
     for item in sorted(items, key=lambda item: (-item.size, item.path)):
         fate = "needed" if item.needed else "goes" if item in deleted else "recent, stays"
         key = item.path.split("/")[2][:12]
@@ -219,13 +261,13 @@ def _age(hours: float) -> str:
     return f"{hours:.0f} h ago" if hours < 48 else f"{hours / 24:.0f} days ago"
 
 
-def main() -> int:
-    try:
-        clean(tyro.cli(CleanOptions, prog="python -m pipeline.clean", description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run() -> int:
+    clean(tyro.cli(CleanOptions, prog="python -m pipeline.clean", description=__doc__))
     return 0
+
+
+def main() -> int:
+    return run_command(run)
 
 
 if __name__ == "__main__":

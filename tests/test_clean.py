@@ -1,5 +1,6 @@
 """Cleaning deletes everything that no version in a real registry needs, and only with `--remove`."""
 
+import hashlib
 import io
 import os
 import time
@@ -13,6 +14,13 @@ from pipeline.clean import CleanOptions, clean, list_items
 from pipeline.storage import Storage
 
 DAYS_AGO = time.time() - 5 * 86400
+
+
+def key(name: object) -> str:
+    """A key such as tasks have."""
+    return hashlib.sha256(str(name).encode()).hexdigest()
+
+
 CHAIN = {
     "ingest": (),
     "preprocess": ("ingest",),
@@ -39,7 +47,8 @@ def make_storage(folder: Path, registry: str) -> Storage:
     """Run `a` registered version 1, run `b` version 2 on the same data; the training of `c` was interrupted."""
     made = Storage(str(folder))
     for run, number in (("a", 1), ("b", 2)):
-        keys = {"ingest": "data", "preprocess": "data", "train": run, "register": run, "report": run}
+        names = {"ingest": "data", "preprocess": "data", "train": run, "register": run, "report": run}
+        keys = {task: key(name) for task, name in names.items()}
         for task, inputs in CHAIN.items():
             home = f"tasks/{task}/{keys[task]}"
             made.write_bytes(f"{home}/attempt-1/file", bytes(1000))
@@ -48,9 +57,10 @@ def make_storage(folder: Path, registry: str) -> Storage:
             made.write_json(
                 f"{home}/manifest.json", {"task": task, "attempt": "attempt-1", "inputs": known, "output": output}
             )
-        made.write_bytes(f"tasks/train/{run}/state/checkpoints/1/arrays", bytes(5000))
-    made.write_bytes("tasks/train/a/attempt-0/file", bytes(300))  # from an attempt that was killed
-    made.write_bytes("tasks/train/c/state/checkpoints/1/arrays", bytes(7000))
+        made.write_json(f"runs/{key(run)}.json", {"identity": run})
+        made.write_bytes(f"tasks/train/{key(run)}/state/checkpoints/1/arrays", bytes(5000))
+    made.write_bytes(f"tasks/train/{key('a')}/attempt-0/file", bytes(300))  # from an attempt that was killed
+    made.write_bytes(f"tasks/train/{key('c')}/state/checkpoints/1/arrays", bytes(7000))
     made.write_bytes("mlartifacts/1/model", bytes(10))
     for path in folder.rglob("*"):
         os.utime(path, (DAYS_AGO, DAYS_AGO))
@@ -81,14 +91,14 @@ def test_nothing_is_deleted_without_the_flag(storage: Storage) -> None:
     assert size > 12_000
     assert "would be removed" in text
     assert "5 days ago" in text
-    assert "train 19.5 kB" in text, "two outputs, two states, the killed attempt, the unfinished training"
+    assert "train 19.6 kB" in text, "two outputs, two states, the killed attempt, the unfinished training"
 
 
 def test_what_no_version_needs_is_deleted(storage: Storage) -> None:
     size, text = run_clean(storage, remove=True)
     left = files(storage)
-    kept = {f"tasks/{task}/data" for task in ("ingest", "preprocess")}
-    kept |= {f"tasks/{task}/a" for task in ("train", "register", "report")}
+    kept = {f"tasks/{task}/{key('data')}" for task in ("ingest", "preprocess")}
+    kept |= {f"tasks/{task}/{key('a')}" for task in ("train", "register", "report")}
     expected = {f"{home}/{name}" for home in kept for name in ("manifest.json", "attempt-1/file")}
     assert {path for path in left if path.startswith("tasks/")} == expected
     assert "mlartifacts/1/model" in left, "MLflow's files are not touched"
@@ -98,13 +108,15 @@ def test_what_no_version_needs_is_deleted(storage: Storage) -> None:
 
 
 def test_the_trials_of_a_finished_search_stay(storage: Storage) -> None:
-    home = "tasks/search/a"
+    home = f"tasks/search/{key('a')}"
     storage.write_bytes(f"{home}/state/trials/trial-0001.json", b"{}")
     storage.write_bytes(f"{home}/state/checkpoints/trial-0001/late", bytes(10))
     storage.write_bytes(f"{home}/attempt-0/file", bytes(10))
     storage.write_json(f"{home}/manifest.json", {"task": "search", "attempt": "attempt-1", "inputs": {}, "output": {}})
-    train = storage.read_json("tasks/train/a/manifest.json")
-    storage.write_json("tasks/train/a/manifest.json", train | {"inputs": train["inputs"] | {"search": "a"}})
+    train = storage.read_json(f"tasks/train/{key('a')}/manifest.json")
+    storage.write_json(
+        f"tasks/train/{key('a')}/manifest.json", train | {"inputs": train["inputs"] | {"search": key("a")}}
+    )
     run_clean(storage, remove=True, keep_hours=0.0)
     left = {path for path in files(storage) if path.startswith(home)}
     assert left == {f"{home}/manifest.json", f"{home}/state/trials/trial-0001.json"}
@@ -112,12 +124,20 @@ def test_the_trials_of_a_finished_search_stay(storage: Storage) -> None:
 
 def test_what_is_recent_stays(storage: Storage) -> None:
     now = time.time()
-    os.utime(Path(storage.uri) / "tasks/train/c/state/checkpoints/1/arrays", (now, now))
+    os.utime(Path(storage.uri) / f"tasks/train/{key('c')}/state/checkpoints/1/arrays", (now, now))
     _, text = run_clean(storage, remove=True)
-    assert "tasks/train/c/state/checkpoints/1/arrays" in files(storage)
+    assert f"tasks/train/{key('c')}/state/checkpoints/1/arrays" in files(storage)
     assert "recent, stays" in text
     run_clean(storage, remove=True, keep_hours=0.0)
-    assert not Storage(storage.uri).exists("tasks/train/c")
+    assert not Storage(storage.uri).exists(f"tasks/train/{key('c')}")
+
+
+def test_a_registry_that_was_recorded_without_its_login_is_asked_for(tmp_path: Path) -> None:
+    storage = make_storage(tmp_path / "runs", "postgresql://***@127.0.0.1/mlflow")
+    with pytest.raises(
+        ValueError, match=r"postgresql://\*\*\*@127.0.0.1/mlflow was recorded without its login: give --tr"
+    ):
+        list_items(storage)
 
 
 def test_a_missing_registry_is_an_error(tmp_path: Path, registry: str) -> None:
@@ -125,6 +145,53 @@ def test_a_missing_registry_is_an_error(tmp_path: Path, registry: str) -> None:
     with pytest.raises(ValueError, match=r"moved.db is not there.*give --tracking-uri"):
         list_items(storage)
     assert not (tmp_path / "moved.db").exists(), "MLflow would have created an empty one"
-    assert "tasks/train/a" in {item.path for item in list_items(storage, registry) if item.needed}
+    assert f"tasks/train/{key('a')}" in {item.path for item in list_items(storage, registry) if item.needed}
     with pytest.raises(ValueError, match="no such folder"):
         clean(CleanOptions(str(tmp_path / "nothing")))
+
+
+def test_files_of_other_programs_and_what_is_behind_links_stay(storage: Storage, tmp_path: Path) -> None:
+    root, other, unneeded = Path(storage.uri), key("other"), key("b")
+    foreign = (
+        "tasks/2024/thesis/chapter.tex",
+        f"tasks/2024/{other}/attempt-1/file",
+        "tasks/train/notes/manifest.json",
+        f"tasks/train/{other}/homework.txt",
+        f"tasks/train/{other[:40]}/attempt-1/file",
+    )
+    elsewhere = tmp_path / "elsewhere"
+    for path in (*(root / name for name in foreign), elsewhere / "attempt-1" / "file", elsewhere / key("d") / "state"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    (root / "tasks/evaluate").symlink_to(elsewhere)
+    (root / f"tasks/train/{key('linked')}").symlink_to(elsewhere)
+    (root / f"tasks/train/{unneeded}/state/linked").symlink_to(elsewhere)
+    run_clean(storage, remove=True, keep_hours=0.0)
+    left = files(storage)
+    assert left.issuperset(foreign)
+    assert (elsewhere / "attempt-1" / "file").exists()
+    assert (elsewhere / key("d") / "state").exists()
+    assert not storage.exists(f"tasks/train/{unneeded}"), "what is ours goes"
+
+
+def test_a_folder_in_which_no_run_was_is_refused(storage: Storage) -> None:
+    before = files(storage)
+    storage.delete("runs")
+    with pytest.raises(ValueError, match=r"has no runs/KEY\.json"):
+        run_clean(storage, remove=True, keep_hours=0.0)
+    assert files(storage) == {path for path in before if not path.startswith("runs/")}
+
+
+@pytest.mark.parametrize(
+    "content", [b"{}", b"[]", b"{", b'{"task": "train", "attempt": 1, "inputs": {}, "output": {}}']
+)
+def test_a_manifest_that_is_none_is_named(storage: Storage, content: bytes) -> None:
+    path = f"tasks/train/{key('a')}/manifest.json"
+    storage.write_bytes(path, content)
+    with pytest.raises(ValueError, match=rf"{path} is no manifest of the task train"):
+        run_clean(storage, remove=True)
+
+
+def test_brackets_in_a_path_are_no_markup(tmp_path: Path, registry: str) -> None:
+    _, text = run_clean(make_storage(tmp_path / "runs[" / "b]", registry))
+    assert "[/b]" in text

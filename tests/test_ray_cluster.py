@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,13 @@ def test_commands_are_strings(cluster: dict[str, Any]) -> None:
 def test_file_mounts_are_what_an_installation_needs(cluster: dict[str, Any]) -> None:
     mounts = dict(cluster["file_mounts"])
     assert mounts.pop(TOKEN) == TOKEN
-    assert mounts.pop("~/keras-perceiver-ray/uv.txt") == "clusters/uv.txt"
+    locks = {remote: local for remote, local in mounts.items() if local.startswith("clusters/")}
+    for remote, local in locks.items():
+        name = local.removeprefix("clusters/")
+        assert mounts.pop(remote) == local
+        assert remote == f"~/keras-perceiver-ray/{name}"
+        assert f"--require-hashes -r ~/keras-perceiver-ray/{name}" in commands_of(cluster).replace("--no-deps ", "")
+        assert "--hash=sha256:" in (ROOT / local).read_text()
     for remote, local in mounts.items():
         assert (ROOT / local).exists(), f"{local} is not in the repository"
         assert remote == f"~/keras-perceiver-ray/{local}"
@@ -83,6 +90,30 @@ def test_file_mounts_are_what_an_installation_needs(cluster: dict[str, Any]) -> 
     packages = [name.removesuffix("*") for name in settings["tool"]["setuptools"]["packages"]["find"]["include"]]
     needed = {"pyproject.toml", "requirements.txt", project["readme"], *project["license-files"], *packages}
     assert set(mounts.values()) == needed
+
+
+def commands_of(cluster: dict[str, Any]) -> str:
+    return "\n".join(command for section in COMMANDS for command in cluster.get(section, []))
+
+
+def test_everything_is_installed_by_its_hash_and_the_token_is_hidden(cluster: dict[str, Any]) -> None:
+    installs = re.findall(r"pip install ([^&|;]*)", commands_of(cluster))
+    assert len(installs) >= 3
+    for arguments in installs:
+        assert "--require-hashes" in arguments or "--no-deps --no-build-isolation --editable" in arguments, arguments
+    assert "chmod 600 ~/.ray/auth_token" in cluster["setup_commands"]
+
+
+def test_git_does_not_track_the_settings_of_a_place() -> None:
+    ignored = subprocess.run(
+        ["git", "check-ignore", "ray_cluster.local.yaml", "clusters/aws.local.yaml", "ray_cluster.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if ignored.returncode == 128:
+        pytest.skip("this is no git checkout")
+    assert ignored.stdout.split() == ["ray_cluster.local.yaml", "clusters/aws.local.yaml"]
 
 
 def test_nothing_is_mounted_where_the_driver_would_import_it(cluster: dict[str, Any]) -> None:
@@ -150,6 +181,33 @@ def test_kuberay_accepts_the_manifest(file: str, kuberay: dict[str, jsonschema.D
     for container in containers:
         assert {"PERCEIVER_STORAGE", "MLFLOW_TRACKING_URI"} <= {variable["name"] for variable in container["env"]}
     assert len({container["image"] for container in containers}) == 1
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_pods_may_do_little_and_only_their_like_reach_them(file: str) -> None:
+    spec = read(file)["spec"]
+    cluster = spec.get("rayClusterSpec", spec)
+    policy = read("clusters/kuberay-networkpolicy.yaml")["spec"]
+    (peers, dashboard) = policy["ingress"]
+    assert dashboard["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert peers == {"from": [{"podSelector": policy["podSelector"]}]}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert group["template"]["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/tmp", "/home/ray"}
+
+
+def test_hosts_on_aws_are_in_a_group_that_the_user_has_made() -> None:
+    types = read("clusters/aws.yaml")["available_node_types"]
+    assert all(kind["node_config"]["SecurityGroupIds"] for kind in types.values())
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,14 @@ Images of one's own:
 file_tree.py         all files below a folder or a URI, and what was left out
 labelled_images.py   which images there are, of which class and in which split; `SplitFiles`
 image_containers.py  images in Parquet files, tars and npz files
+parquet_files.py     columns of Parquet files, accepted by type, a few rows at a time
+npz_files.py         arrays of npz files, headers first
+bounded_tar.py       headers of tar files, no longer than they may be
+excerpt.py           the beginning of what a file says, for messages
 image_decoding.py    the decoder of training and of batch inference
 image_survey.py      the headers of all images, and what could not be trained
 image_rows.py        the same rows in memory
 image_ingest.py      the same rows as Parquet files, with Ray Data
+ray_tensors.py       columns of tensors as Ray Data writes them
 image_files.py       images for batch inference, in parts: folders, Parquet files, npz files
 """

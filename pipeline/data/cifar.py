@@ -8,6 +8,7 @@ import numpy as np
 from pipeline.data.archives import read_pickles
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import read_archive
+from pipeline.data.excerpt import excerpt
 from pipeline.data.rows import RawDataset, Rows
 from pipeline.data.source import Archive, Source, verify_coarse, verify_split
 
@@ -88,13 +89,13 @@ def _batch_labels(name: str, batch: dict[bytes, Any], key: bytes, source: Source
 def _names(meta: dict[bytes, Any], key: bytes, count: int, source: Source) -> list[str]:
     names = _get(meta, key, "meta", source)
     if not isinstance(names, list) or len(names) != count or not all(isinstance(name, bytes) for name in names):
-        raise ValueError(f"{source.name}: expected {key.decode()} to be {count} names, found {names!r}")
-    return [name.decode() for name in names]
+        raise ValueError(f"{source.name}: expected {key.decode()} to be {count} names, found {excerpt(names)}")
+    return [name.decode(errors="backslashreplace") for name in names]
 
 
 def _get(batch: dict[bytes, Any], key: bytes, name: str, source: Source) -> Any:
     if key not in batch:
-        raise ValueError(f"{source.name}: {name}: expected the key {key!r}, found {sorted(batch, key=repr)}")
+        raise ValueError(f"{source.name}: {name}: expected the key {key!r}, found {excerpt(list(batch))}")
     return batch[key]
 
 

@@ -4,10 +4,15 @@ import hashlib
 import os
 import re
 import shlex
+import socket
+from pathlib import Path
 
 from pipeline.data.config import DatasetConfig
 from pipeline.data.source import Archive, Source
 from pipeline.storage import sha256_of_file
+
+SILENCE_SECONDS = 30.0
+"""How long a download may stand still."""
 
 
 def check_archive(config: DatasetConfig, source: Source) -> None:
@@ -39,7 +44,11 @@ def check_archive(config: DatasetConfig, source: Source) -> None:
         raise ValueError(f"data.sha256 = None: a local archive is read only with its checksum; {remedy}")
     if not re.fullmatch(r"[0-9a-fA-F]{64}", config.sha256):
         raise ValueError(f"data.sha256 = {config.sha256!r}: must be 64 hexadecimal digits; {remedy}")
-    _check_sha256(config, sha256_of_file(path))
+    try:
+        found = sha256_of_file(path)
+    except OSError as error:
+        raise ValueError(f"data.archive = {config.archive!r} cannot be read: {error}") from error
+    _check_sha256(config, found)
 
 
 def read_archive(config: DatasetConfig, name: str, archive: Archive) -> bytes:
@@ -51,12 +60,13 @@ def read_archive(config: DatasetConfig, name: str, archive: Archive) -> bytes:
         archive: The official archive, which is downloaded if there is no local copy.
 
     Raises:
-        ValueError: if the SHA-256 is another one.
-        ConnectionError: if the archive cannot be downloaded.
+        ValueError: if the SHA-256 is another one, or the archive cannot be read or downloaded.
     """
     path = os.path.expanduser(config.archive) if config.archive is not None else _download(name, archive)
-    with open(path, "rb") as file:
-        data = file.read()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"data.archive = {config.archive!r} cannot be read: {error}") from error
     # The very bytes that are decoded are checked: the file may have changed since `check_archive` or the download.
     found = hashlib.sha256(data).hexdigest()
     if config.archive is not None:
@@ -77,10 +87,14 @@ def _check_sha256(config: DatasetConfig, found: str) -> None:
 def _download(name: str, archive: Archive) -> str:
     import keras
 
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)  # `get_file` has none
     try:
         return keras.utils.get_file(archive.url.rpartition("/")[2], origin=archive.url, file_hash=archive.sha256)
     except Exception as error:  # `get_file` raises a bare Exception for whatever went wrong
-        raise ConnectionError(
+        raise ValueError(
             f"data.source = {name!r}: {error}; or fetch {archive.url} by other means and give "
             f"--data.archive PATH --data.sha256 {archive.sha256}"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
 
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NOT_UTF8, LOOP, HIDDEN = "name is not UTF-8", "link to a folder above it", "hidden"
-BROKEN_LINK = "link that leads nowhere"
+BROKEN_LINK, OUTPUT = "link that leads nowhere", "in the folder of the results"
+SYSTEM = "kept by an operating system"
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 def suffix_of(name: str) -> str:
@@ -47,20 +49,26 @@ class FileTree:
     def leave_out(self, reason: str, name: str) -> None:
         self.left_out.setdefault(reason, []).append(name)
 
+    def leave_out_others(self, chosen: Iterable[str]) -> None:
+        """Leaves out the files that are not among `chosen`, because they are of another kind."""
+        for name in sorted(self.files.keys() - set(chosen)):
+            self.leave_out(f"file of another kind ({suffix_of(name) or 'no suffix'})", name)
 
-def list_files(uri: str, option: str) -> FileTree:
+
+def list_files(uri: str, option: str, output: Storage | None = None) -> FileTree:
     """Lists the files below `uri`, or the one file that it names.
 
-    Names that begin with a dot or, of files, with an underscore are hidden. Links are followed.
+    Names that begin with a dot are hidden. Links are followed.
 
     Args:
         uri: a folder, a file, or a URI that `pyarrow.fs` takes.
         option: name of the option that gave `uri`, for messages.
+        output: a folder below `uri` that is left out.
 
     Raises:
         ValueError: if there is no such file or folder, or it cannot be listed.
     """
-    whole = Storage(uri)
+    whole = open_storage(uri, option)
     try:
         info = whole.filesystem.get_file_info(whole.fs_path(""))
         if info.type == pafs.FileType.NotFound:
@@ -74,13 +82,23 @@ def list_files(uri: str, option: str) -> FileTree:
     except OSError as error:
         raise ValueError(f"{option} = {uri!r} cannot be listed: {error}") from error
     for path in sorted(found):
-        parts = path.split("/")
-        if parts[-1].startswith("_") or any(part.startswith(".") for part in parts):
-            tree.leave_out(HIDDEN, path)
+        if reason := _why_left_out(path, tree.root, output):
+            tree.leave_out(reason, path)
         else:
             tree.files[path] = found[path]
-    tree.folders = sorted(f for f in tree.folders if not any(p.startswith(".") for p in f.split("/")))
+    tree.folders = sorted(path for path in tree.folders if not _why_left_out(path, tree.root, output))
     return tree
+
+
+def _why_left_out(path: str, root: Storage, output: Storage | None) -> str | None:
+    parts = path.split("/")
+    if any(part.startswith(".") for part in parts):
+        return HIDDEN
+    if SYSTEM_FOLDERS & set(parts):
+        return SYSTEM
+    if output is not None and f"{root.fs_path(path)}/".startswith(f"{output.root}/"):
+        return OUTPUT
+    return None
 
 
 def _time(info: pafs.FileInfo) -> int:

@@ -1,30 +1,34 @@
 """Images in Parquet files, WebDataset tars and npz files: their labels, and the bytes or pixels of any of them.
 
-Nothing is unpickled. The columns of a Parquet file are accepted by their types before a value is looked at, because
-Arrow runs the code of registered extension types, some of which unpickle.
+`parquet_files.py`, `npz_files.py` and `bounded_tar.py` say what is done against files that are made to harm.
 """
 
 import io
 import itertools
 import json
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.data.bounded_tar import BoundedTarInfo
+from pipeline.data.collected_images import MAX_CLASSES, Collected, SplitFiles
+from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree
-from pipeline.data.labelled_images import Collected, SplitFiles, split_of_files
+from pipeline.data.image_decoding import MAX_BYTES
+from pipeline.data.labelled_images import split_of_files
+from pipeline.data.npz_files import NpzImages
+from pipeline.data.parquet_files import is_encoded, open_parquet, read_rows
 from pipeline.storage import Storage
 
 Encoded = bytes | np.ndarray | None
 """An image file, or uint8 (H, W[, C]); None of a Parquet row without one."""
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+COARSE_COLUMNS = ("coarse_label", "coarse_labels")
 HEAD_BYTES = 1 << 16
 """Bytes in which the header of nearly every image file ends."""
 _BATCH_ROWS = 64
@@ -32,41 +36,54 @@ _THREADS = 16
 T = TypeVar("T")
 
 
-def is_encoded(kind: pa.DataType) -> bool:
-    """Whether a column of this type has encoded images: binary, or a struct with binary `bytes` as Hugging Face has."""
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
 def list_parquet(tree: FileTree, chosen: list[str], collected: Collected) -> list[str] | None:
     """Adds the rows of Parquet files; returns the names of the classes if the schema has them."""
-    names: dict[str, list[str] | None] = {}
+    names: dict[str, tuple[list[str] | None, list[str] | None]] = {}
     for split, file in zip(split_of_files(chosen, collected), chosen, strict=True):
-        with tree.root.filesystem.open_input_file(tree.root.fs_path(file)) as source:
-            parquet = pq.ParquetFile(source)
+        with open_parquet(tree.root, file) as parquet:
             schema = parquet.schema_arrow
-            image, label = (_column(schema, wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS))
-            if image is None or not is_encoded(schema.field(image).type):
+            found = excerpt(schema.names)
+            image, label, coarse = (
+                _column(schema, wanted) for wanted in (IMAGE_COLUMNS, LABEL_COLUMNS, COARSE_COLUMNS)
+            )
+            if image is None or not _is_one(schema, image, is_encoded):
                 raise collected.fail(
-                    f"{file} has no column `image` of encoded images (binary, or a struct with bytes): {schema.names}"
+                    f"{file} has no column `image` of encoded images (binary, or a struct with bytes): {found}"
                 )
-            if label is None or not _is_label(schema.field(label).type):
-                raise collected.fail(f"{file} has no column `label` of integers or text, but {schema.names}")
-            names[file] = _class_names(schema, label)
-            labels = parquet.read(columns=[label])[label].to_pylist()
+            if label is None or not _is_one(schema, label, _is_label):
+                raise collected.fail(f"{file} has no column `label` of integers or text, but {found}")
+            if coarse is not None and not _is_one(schema, coarse, _is_label):
+                raise collected.fail(f"{file}: the column `{coarse}` has neither integers nor text: leave it out")
+            names[file] = _class_names(schema, label), _class_names(schema, coarse) if coarse else None
+            columns = [label, coarse] if coarse else [label]
+            labels: list[int | str | None] = []
+            coarse_labels: list[int | str | None] = []
+            for batch in read_rows(tree.root.absolute(file), parquet, columns, 0, parquet.metadata.num_rows):
+                for column, values in zip(batch.columns, (labels, coarse_labels), strict=False):
+                    values += column.to_pylist()
+                    for name in values[-len(batch) :]:
+                        collected.check_name(name, file)
         if None in labels:
             raise collected.fail(f"{file}: row {labels.index(None)} has no label: leave such rows out")
         for row, value in enumerate(labels):
+            assert value is not None
             collected.add(split, value, f"{file}:{row}", file, row)
+            if coarse:
+                collected.group(value, coarse_labels[row], f"{file}:{row}")
     different = [file for file in chosen if names[file] != names[chosen[0]]]
     if different:
         raise collected.fail(f"{different[0]} has other names of classes than {chosen[0]}: write them alike")
-    return names[chosen[0]]
+    class_names, collected.coarse_names = names[chosen[0]]
+    return class_names
 
 
 def _column(schema: pa.Schema, wanted: Sequence[str]) -> str | None:
     return next((name for name in wanted if name in schema.names), None)
+
+
+def _is_one(schema: pa.Schema, name: str, accepts: Callable[[pa.DataType], bool]) -> bool:
+    """Whether one column has this name, and a type that is accepted."""
+    return schema.names.count(name) == 1 and accepts(schema.field(name).type)
 
 
 def _is_label(kind: pa.DataType) -> bool:
@@ -95,9 +112,10 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
         try:
             with (
                 open_file(tree.root.fs_path(file)) as source,
-                tarfile.open(fileobj=source, mode="r:" if tree.root.is_local else "r|") as tar,
+                tarfile.open(fileobj=source, mode="r:" if tree.root.is_local else "r|", tarinfo=BoundedTarInfo) as tar,
             ):
                 for member in tar:
+                    collected.check_name(member.name, file)
                     path = PurePosixPath(member.name)
                     key, _, suffix = path.name.partition(".")
                     key = str(path.parent / key)
@@ -114,8 +132,9 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                         labels[key] = int(text) if text.isdecimal() and text.isascii() else text
                     else:
                         tree.leave_out(f"member of a tar (.{suffix})", f"{file}:{member.name}")
-        except tarfile.TarError as error:
-            raise collected.fail(f"{file} is no whole tar: {error}; write it again") from error
+        # Of nested headers and of numbers that are none.
+        except (tarfile.TarError, OSError, RecursionError, OverflowError) as error:
+            raise collected.fail(f"{file} is no whole tar: {excerpt(error)}; write it again") from error
         if alone := sorted(images.keys() ^ labels.keys()):
             raise collected.fail(
                 f"{file}: {alone[0]} has {'no .cls' if alone[0] in images else 'a .cls but no image'}, and so have "
@@ -129,53 +148,13 @@ def list_npz(tree: FileTree, chosen: list[str], collected: Collected) -> list[st
     """Adds the rows of npz files, `images` and `labels`; returns `label_names` if the first has them."""
     names: list[str] | None = None
     for split, file in zip(split_of_files(chosen, collected), chosen, strict=True):
-        with tree.root.filesystem.open_input_file(tree.root.fs_path(file)) as source:
-            arrays = np.load(source, allow_pickle=False)
-            if missing := {"images", "labels"} - set(arrays.files):
-                raise collected.fail(f"{file} has no array `{sorted(missing)[0]}`, but {sorted(arrays.files)}")
-            labels = arrays["labels"]
-            if file == chosen[0] and "label_names" in arrays.files:
-                names = [str(name) for name in arrays["label_names"]]
-        shape = npz_shape(tree.root, file)
-        if labels.ndim != 1 or labels.dtype.kind not in "iuU" or len(labels) != shape[0]:
-            raise collected.fail(
-                f"{file}: expected {shape[0]} labels, integers or text, found {labels.dtype} {labels.shape}"
-            )
+        with NpzImages(tree.root, file) as images:
+            labels = images.values("labels", "iuU")
+            if file == chosen[0] and "label_names" in images.arrays:
+                names = [str(name) for name in images.values("label_names", "U", MAX_CLASSES)]
         for row, value in enumerate(labels.tolist()):
             collected.add(split, value, f"{file}:{row}", file, row)
     return names
-
-
-def npz_shape(root: Storage, file: str) -> tuple[int, ...]:
-    """Shape of the array `images`, without its pixels: (N, H, W) or (N, H, W, C).
-
-    Raises:
-        ValueError: if it is not uint8, or of another shape.
-    """
-    with _npz_images(root, file) as (shape, _):
-        return shape
-
-
-class _npz_images:
-    """Opens the array `images` of an npz file; gives its shape, and a stream that stands at its first byte."""
-
-    def __init__(self, root: Storage, file: str) -> None:
-        self._name = root.absolute(file)
-        self._source = root.filesystem.open_input_file(root.fs_path(file))
-
-    def __enter__(self) -> tuple[tuple[int, ...], BinaryIO]:
-        stream: Any = zipfile.ZipFile(self._source).open("images.npy")
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, is_fortran, dtype = read(stream)
-        if dtype != np.uint8 or is_fortran or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise ValueError(
-                f"{self._name}: expected images uint8 (N, H, W) or (N, H, W, C) with C of 1 or 3, found {dtype} {shape}"
-            )
-        return shape, stream
-
-    def __exit__(self, *_: object) -> None:
-        self._source.close()
 
 
 def read_images(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Encoded]:
@@ -236,47 +215,34 @@ def _read_range(root: Storage, kind: str, file: str, start: int, size: int, whol
     try:
         with root.filesystem.open_input_file(root.fs_path(file)) as source:
             found = source.size() if kind != "tar" else size
-            data = source.read_at(size if whole else min(size, HEAD_BYTES), start)
+            # One byte too many shows that the image is too large to be decoded.
+            wanted = min(size, MAX_BYTES + 1 if whole else HEAD_BYTES)
+            data = source.read_at(wanted, start)
     except FileNotFoundError as error:
         raise ValueError(f"{root.absolute(file)} is gone since it was listed: give the command again") from error
     except OSError as error:
         raise ValueError(f"{root.absolute(file)} cannot be read: {error}") from error
-    if found != size or (whole and len(data) != size):
+    if found != size or len(data) != wanted:
         raise ValueError(f"{root.absolute(file)} has changed since it was listed: give the command again")
     return data
 
 
 def _read_parquet(root: Storage, file: str, start: int, count: int) -> Iterator[Encoded]:
-    with root.filesystem.open_input_file(root.fs_path(file)) as source:
-        parquet = pq.ParquetFile(source)
+    with open_parquet(root, file) as parquet:
         image = _column(parquet.schema_arrow, IMAGE_COLUMNS)
         if image is None or not is_encoded(parquet.schema_arrow.field(image).type):
             raise ValueError(f"{root.absolute(file)} has changed since it was listed: give the command again")
-        groups, skip = row_groups(parquet, start, start + count)
-        left = count
-        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[image]):
-            column = batch.column(0)
-            values = column.field("bytes") if pa.types.is_struct(column.type) else column
-            valid = column.is_valid()
-            for value, is_there in zip(values, valid, strict=True):
-                if skip:
-                    skip -= 1
-                elif left:
-                    left -= 1
-                    yield value.as_py() if is_there.as_py() else None
+        for batch in read_rows(root.absolute(file), parquet, [image], start, count):
+            yield from encoded_values(batch.column(0))
 
 
-def row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that have the rows from `start` to `stop`, and how many rows of the first come before."""
-    sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    groups = [i for i, size in enumerate(sizes) if starts[i] < stop and starts[i] + size > start]
-    return groups, start - int(starts[groups[0]])
+def encoded_values(column: pa.Array) -> Iterator[bytes | None]:
+    """The bytes of each row of a column that `is_encoded`; None where there is none."""
+    values = column.field("bytes") if pa.types.is_struct(column.type) else column
+    for value, is_there in zip(values, column.is_valid(), strict=True):
+        yield value.as_py() if is_there.as_py() else None
 
 
 def _read_npz(root: Storage, file: str, start: int, count: int) -> Iterator[Encoded]:
-    with _npz_images(root, file) as (shape, stream):
-        row_bytes = int(np.prod(shape[1:]))
-        stream.seek(stream.tell() + start * row_bytes)
-        for _ in range(count):
-            yield np.frombuffer(stream.read(row_bytes), np.uint8).reshape(shape[1:])
+    with NpzImages(root, file) as images:
+        yield from images.rows(start, count)

@@ -20,8 +20,12 @@ Resize = Literal["crop", "pad", "stretch"]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485
 """Pillow's own limit, 256 MiB of RGB: a larger image is refused from its header, before anything is decoded."""
+MAX_BYTES = 4 * MAX_PIXELS
+"""Of an image file: what the largest has without compression."""
 BACKGROUND = 255
 """Level of all channels behind transparent pixels and beside a padded image."""
+_STRIP_PIXELS = 1 << 22
+"""Pixels that are converted at a time, which takes up to 30 bytes for each."""
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _COLOR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
@@ -79,6 +83,8 @@ def decode(data: bytes, image_shape: Sequence[int], resize: Resize | None) -> np
     Raises:
         ImageError: if it cannot be decoded, or is of another size and `resize` is None.
     """
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"has more than the {MAX_BYTES:,} bytes that are read")
     with _opened(io.BytesIO(data)) as image:
         image.load()
         turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))
@@ -147,6 +153,18 @@ def _orientation(image: Image.Image) -> int:
 
 def _convert(file: Image.Image, image: Image.Image, mode: str) -> Image.Image:
     """`image`, which was opened as `file`, in grey or colour of 8 bits, without transparency."""
+    width, height = image.size
+    lines = max(1, _STRIP_PIXELS // width)
+    if lines >= height:
+        return _convert_strip(file, image, mode)
+    converted = Image.new(mode, image.size)
+    for top in range(0, height, lines):
+        box = (0, top, width, min(top + lines, height))
+        converted.paste(_convert_strip(file, image.crop(box), mode), box)
+    return converted
+
+
+def _convert_strip(file: Image.Image, image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         peak = (1 << _tiff_tag(file, ExifTags.Base.BitsPerSample, 16)) - 1
         levels = np.asarray(image).astype(np.int64)

@@ -3,10 +3,10 @@
 What decides the parts is listed without reading an image, so that a job which was cut off finds the same ones.
 """
 
+import contextlib
 import functools
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, list_files, suffix_of
-from pipeline.data.image_containers import is_encoded, row_groups
-from pipeline.data.image_decoding import Resize, decode
-from pipeline.data.shards import with_tensors
+from pipeline.data.image_containers import encoded_values
+from pipeline.data.image_decoding import MAX_BYTES, Resize, decode
+from pipeline.data.npz_files import NpzImages
+from pipeline.data.parquet_files import check_columns, is_encoded, open_parquet, read_rows, row_without_value
+from pipeline.data.ray_tensors import tensor_pixels, tensor_shape
+from pipeline.data.shards import pixel_shape, with_tensors
 from pipeline.storage import Storage
 
 
@@ -59,39 +63,43 @@ class ImageInput:
         kind: `images`, `parquet` or `npz`.
         root: storage of the files.
         fingerprint: SHA-256 over names, sizes and times of all files: another one is another input.
+        left_out: number of files and folders that are no part of the input, by reason.
     """
 
     kind: str
     root: Storage
     parts: tuple[Part, ...]
     fingerprint: str
+    left_out: Mapping[str, int]
 
     @property
     def num_rows(self) -> int:
         return sum(part.num_rows for part in self.parts)
 
 
-def list_parts(uri: str, part_rows: int) -> ImageInput:
+def list_parts(uri: str, part_rows: int, output: Storage | None = None) -> ImageInput:
     """Cuts an input into parts of at most `part_rows` rows.
 
     Args:
         uri: a folder of images (searched through, in order of their paths), a folder of Parquet files, a Parquet file
             or an npz file. A part never spans two Parquet files; those with row groups of about `part_rows` rows are
             read quickest.
+        output: where the results go; what lies there is no part of the input, if it is below it.
 
     Raises:
         ValueError: if there is no such thing, or nothing in it.
     """
-    tree = list_files(uri, "input")
+    tree = list_files(uri, "input", output)
     root, infos = tree.root, tree.files
     suffixes = {suffix_of(name) for name in infos}
     if suffixes & {".parquet"}:
-        kind, chosen = "parquet", [name for name in infos if name.endswith(".parquet")]
-    elif suffixes == {".npz"}:
-        kind, chosen = "npz", list(infos)
+        kind, chosen = "parquet", [name for name in infos if suffix_of(name) == ".parquet"]
+    elif ".npz" in suffixes and not suffixes & set(IMAGE_SUFFIXES):
+        kind, chosen = "npz", [name for name in infos if suffix_of(name) == ".npz"]
     else:
         # By suffix and not by content: what claims to be an image and is none is reported, not passed over.
         kind, chosen = "images", [n for n in infos if suffix_of(n) in IMAGE_SUFFIXES]
+    tree.leave_out_others(chosen)
     if not chosen:
         raise ValueError(
             f"input = {uri!r} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet nor npz files"
@@ -111,7 +119,8 @@ def list_parts(uri: str, part_rows: int) -> ImageInput:
             first += rows
     if not parts:
         raise ValueError(f"input = {uri!r} has no rows")
-    return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen))
+    left_out = {reason: len(names) for reason, names in sorted(tree.left_out.items())}
+    return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen), left_out)
 
 
 def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], resize: Resize | None) -> pa.Table:
@@ -129,32 +138,34 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
     errors: list[str | None] = [None] * part.num_rows
     if kind == "images":
         names = list(part.files)
-        encoded = (functools.partial(root.read_bytes, name) for name in part.files)
+        encoded = (functools.partial(_read_image, root, name) for name in part.files)
         images, errors = _decode_all(encoded, part.num_rows, image_shape, resize)
     elif kind == "npz":
-        arrays = _load_npz(root.uri, part.files[0])
-        images = arrays["images"][part.start : part.stop]
-        _check_array(images, image_shape, root.absolute(part.files[0]))
-        if "row_ids" in arrays:
-            row_ids = arrays["row_ids"][part.start : part.stop]
+        file = _open_npz(root.uri, part.files[0])
+        _check_array(np.dtype(np.uint8), file.shape[1:], image_shape, root.absolute(part.files[0]))
+        images = np.stack(list(file.rows(part.start, part.num_rows)))
+        if "row_ids" in file.arrays:
+            row_ids = file.values("row_ids", "iu")[part.start : part.stop]
     else:
-        table = with_tensors(_read_rows(part, root))  # the shards of a run can be classified too
-        if "row_id" in table.column_names:
-            row_ids = table["row_id"].to_numpy()
-        column = table["image"].combine_chunks()
-        if isinstance(column, pa.FixedShapeTensorArray):
-            images = column.to_numpy_ndarray()
-            _check_array(images, image_shape, root.absolute(part.files[0]))
-        else:
-            # By its type and before a value is looked at: Arrow runs the code of extension types.
-            if not is_encoded(column.type):
-                raise ValueError(
-                    f"{root.absolute(part.files[0])}: images are {column.type}, not uint8 tensors or binary"
-                )
-            if pa.types.is_struct(column.type):
-                column = column.field("bytes")
-            encoded = (functools.partial(_bytes_of, value) for value in column)
-            images, errors = _decode_all(encoded, part.num_rows, image_shape, resize)
+        with _opened_parquet(root, part.files[0], image_shape) as (parquet, columns):
+            batches = read_rows(root.absolute(part.files[0]), parquet, columns, part.start, part.num_rows)
+            if is_encoded(parquet.schema_arrow.field("image").type):
+                ids: list[pa.Array] = []
+                encoded = (functools.partial(_bytes_of, value) for value in _images(batches, ids))
+                images, errors = _decode_all(encoded, part.num_rows, image_shape, resize)
+            else:
+                table = pa.Table.from_batches(list(batches))
+                ids = table["row_id"].chunks if "row_id" in columns else []
+                errors = [None if there else "is missing" for there in table["image"].is_valid().to_pylist()]
+                if (shape := tensor_shape(parquet.schema_arrow.field("image"))) is not None:
+                    images = _named(root.absolute(part.files[0]), tensor_pixels, table["image"], shape)
+                else:  # the shards of a run can be classified too
+                    images = with_tensors(table)["image"].combine_chunks().to_numpy_ndarray().copy()
+                    images[[error is not None for error in errors]] = 0
+        if "row_id" in columns:
+            if (column := pa.chunked_array(ids)).null_count:
+                raise ValueError(f"{root.absolute(part.files[0])}: some rows have no row_id: write it again")
+            row_ids = column.cast(pa.int64()).to_numpy()
     return pa.table(
         {
             "part": pa.array(np.full(part.num_rows, part.number)),
@@ -168,45 +179,90 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
 
 def _num_rows(kind: str, root: Storage, name: str) -> int:
     if kind == "npz":
-        return len(_load_npz(root.uri, name)["images"])
-    with root.filesystem.open_input_file(root.fs_path(name)) as file:
-        schema = pq.ParquetFile(file)
-        if "image" not in schema.schema_arrow.names:
-            raise ValueError(f"{root.absolute(name)} has no column `image`, but {schema.schema_arrow.names}")
-        return schema.metadata.num_rows
+        with NpzImages(root, name) as images:
+            return images.shape[0]
+    with open_parquet(root, name) as parquet:
+        if "image" not in parquet.schema_arrow.names:
+            found = excerpt(parquet.schema_arrow.names)
+            raise ValueError(f"{root.absolute(name)} has no column `image`, but {found}")
+        return parquet.metadata.num_rows
 
 
 @functools.lru_cache(maxsize=1)
-def _load_npz(root_uri: str, name: str) -> dict[str, np.ndarray]:
-    """Kept, for the parts of one file are read one after another and a compressed file cannot be read in part."""
-    root = Storage(root_uri)
-    with np.load(io.BytesIO(root.read_bytes(name)), allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    if "images" not in arrays:
-        raise ValueError(f"{root.absolute(name)} has no array `images`, but {sorted(arrays)}")
-    return arrays
+def _open_npz(root_uri: str, name: str) -> NpzImages:
+    """Kept, for the parts of one file are read one after another, and a compressed file only from its beginning."""
+    return NpzImages(Storage(root_uri), name)
 
 
-def _read_rows(part: Part, root: Storage) -> pa.Table:
-    """Reads no more row groups than the part touches."""
-    with root.filesystem.open_input_file(root.fs_path(part.files[0])) as source:
-        file = pq.ParquetFile(source)
-        columns = [name for name in ("row_id", "image") if name in file.schema_arrow.names]
-        groups, skipped = row_groups(file, part.start, part.stop)
-        return file.read_row_groups(groups, columns=columns).slice(skipped, part.num_rows)
+@contextlib.contextmanager
+def _opened_parquet(root: Storage, name: str, image_shape: Sequence[int]) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+    """The file and the columns to read, whose types have been checked before a value is looked at."""
+    with open_parquet(root, name) as parquet:
+        schema, path = parquet.schema_arrow, root.absolute(name)
+        if "image" not in schema.names:
+            raise ValueError(f"{path} has changed since it was listed: give the command again")
+        columns = [column for column in ("row_id", "image") if column in schema.names]
+        check_columns(root, name, schema, {"row_id": pa.types.is_integer, "image": lambda kind: True})
+        kind, shape = schema.field("image").type, pixel_shape(schema) or tensor_shape(schema.field("image"))
+        if shape is not None:
+            _check_array(np.dtype(np.uint8), shape, image_shape, path)
+        elif not is_encoded(kind):
+            raise ValueError(
+                f"{path}: images are {excerpt(kind)}, not uint8 tensors or binary: write them as fixed_shape_tensor of "
+                "uint8, or as the bytes of image files"
+            )
+        yield parquet, columns
 
 
-def _check_array(images: np.ndarray, image_shape: Sequence[int], path: str) -> None:
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(image_shape):
-        raise ValueError(
-            f"{path}: the model takes images uint8 {tuple(image_shape)}, these are {images.dtype} {images.shape[1:]}"
-        )
+def _images(batches: Iterator[pa.RecordBatch], ids: list[pa.Array]) -> Iterator[bytes | None]:
+    """The encoded images of batches; adds their row ids to `ids`."""
+    for batch in batches:
+        if "row_id" in batch.schema.names:
+            ids.append(batch.column("row_id"))
+        yield from encoded_values(batch.column("image"))
 
 
-def _bytes_of(value: Any) -> bytes:
-    if (data := value.as_py()) is None:
+def check_input(source: ImageInput, image_shape: Sequence[int]) -> None:
+    """Checks every Parquet or npz file of an input by its header, before anything is started.
+
+    Raises:
+        ValueError: if the images or ids of a file are of another type or shape than a model with `image_shape` takes.
+    """
+    files = dict.fromkeys(part.files[0] for part in source.parts) if source.kind != "images" else {}
+    for name in files:
+        if source.kind == "parquet":
+            with _opened_parquet(source.root, name, image_shape) as (parquet, _):
+                if (row := row_without_value(parquet, "row_id")) is not None:
+                    raise ValueError(f"{source.root.absolute(name)}: row {row} has no row_id: give each row one")
+        else:
+            with NpzImages(source.root, name) as file:
+                _check_array(np.dtype(np.uint8), file.shape[1:], image_shape, source.root.absolute(name))
+                if "row_ids" in file.arrays:
+                    file.values("row_ids", "iu")
+
+
+def _named(path: str, read: Callable[..., np.ndarray], *arguments: Any) -> np.ndarray:
+    """`read(*arguments)`, whose errors name the file."""
+    try:
+        return read(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: write it again") from error
+
+
+def _check_array(dtype: np.dtype, shape: Sequence[int], image_shape: Sequence[int], path: str) -> None:
+    if dtype != np.uint8 or tuple(shape) != tuple(image_shape):
+        raise ValueError(f"{path}: the model takes images uint8 {tuple(image_shape)}, these are {dtype} {tuple(shape)}")
+
+
+def _read_image(root: Storage, name: str) -> bytes:
+    with root.filesystem.open_input_file(root.fs_path(name)) as file:
+        return file.read(MAX_BYTES + 1)  # one byte too many shows that it is too large
+
+
+def _bytes_of(value: bytes | None) -> bytes:
+    if value is None:
         raise ValueError("is missing")
-    return data
+    return value
 
 
 def _decode_all(

@@ -10,10 +10,14 @@ import numpy as np
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 
-from pipeline.tracking.tracker import TrackingError, open_client
+from pipeline.registry.versions import has_file
+from pipeline.tracking.server import check_server
+from pipeline.tracking.tracker import TrackingError, has_database, is_transient, open_client
 
 CHAMPION = "champion"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[\w-]+))?")
+EXPECTED_PYTHON = ("env", "loader_module", "python_version")
+"""What MLflow writes of a `python_function` that has no code of its own."""
 REMEDY = "give models:/NAME/VERSION, models:/NAME@ALIAS or a folder with an MLmodel file"
 
 
@@ -38,13 +42,23 @@ class RegisteredModel:
     resize: Literal["crop", "pad", "stretch"] | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path, uri: str) -> "RegisteredModel":
+    def from_folder(cls, folder: Path, uri: str, trust: bool = False) -> "RegisteredModel":
         """Reads the description of the MLflow model in `folder`; does not load the model.
 
+        Args:
+            folder: Folder with an MLmodel file.
+            uri: Its URI.
+            trust: Whether a model may be of another kind than this pipeline exports.
+
         Raises:
-            ValueError: If it is not an image classifier with class names in its metadata.
+            ValueError: If it is not an image classifier with class names in its metadata, or of another kind.
         """
-        model = Model.load(str(folder))
+        try:
+            model = Model.load(str(folder))
+        except Exception as error:  # of a file that is no MLmodel: a YAML error, a KeyError, a TypeError
+            raise ValueError(f"model = {uri!r} has no MLmodel file that can be read: {error}") from error
+        if not trust:
+            _check_kind(model, uri)
         metadata: Mapping[str, object] = model.metadata or {}
         names = metadata.get("label_names")
         inputs = model.signature.inputs.inputs if model.signature is not None else []
@@ -65,6 +79,28 @@ class RegisteredModel:
         return mlflow.pyfunc.load_model(str(self.folder)).predict
 
 
+def _check_kind(model: Model, uri: str) -> None:
+    """Checks that loading the model runs none of its Python code: that it is an exported Keras model as of `export`.
+
+    Raises:
+        ValueError: If it is not; says how.
+    """
+    python, keras = (model.flavors.get(flavor, {}) for flavor in ("python_function", "keras"))
+    found = [
+        *(f"the flavor {flavor!r}" for flavor in sorted(model.flavors.keys() - {"python_function", "keras"})),
+        *(f"{name} = {value!r}" for name, value in python.items() if name not in EXPECTED_PYTHON),
+    ]
+    if python.get("loader_module") != "mlflow.keras":
+        found.append(f"loader_module = {python.get('loader_module')!r}")
+    if keras.get("save_exported_model") is not True or keras.get("data") != "data" or "code" in keras:
+        found.append("no exported Keras model")
+    if found:
+        raise ValueError(
+            f"model = {uri!r} may run code when it is loaded, for it has {', '.join(found)[:500]}: it was not exported "
+            "by this pipeline; give --trust if you trust whoever made it"
+        )
+
+
 def resolve(uri: str, tracking_uri: str | None) -> str:
     """Replaces an alias by the version: returns `models:/NAME/VERSION`, or the absolute path of a folder.
 
@@ -81,6 +117,10 @@ def resolve(uri: str, tracking_uri: str | None) -> str:
         raise ValueError(f"model = {uri!r}: {REMEDY}")
     if tracking_uri is None:
         raise ValueError(f"model = {uri!r}: give --tracking-uri, the URI of its registry")
+    if not has_database(tracking_uri):  # MLflow would create an empty one
+        raise ValueError(f"model = {uri!r}: there is no {tracking_uri}: give --tracking-uri, the URI of its registry")
+    if not tracking_uri.startswith(("http://", "https://")):  # a server is asked below, with more patience
+        check_server(tracking_uri)
     name, version = parts["name"], parts["version"]
     client = open_client(tracking_uri)
     try:
@@ -89,8 +129,26 @@ def resolve(uri: str, tracking_uri: str | None) -> str:
         else:
             client.get_model_version(name, version)
     except TrackingError as error:
-        raise ValueError(f"model = {uri!r} is not in {tracking_uri}: {error.message}") from error
+        state = f"{tracking_uri} does not answer" if is_transient(error) else f"it is not in {tracking_uri}"
+        raise ValueError(f"model = {uri!r}: {state}: {error.message}") from error
     return f"models:/{name}/{version}"
+
+
+def is_registered(uri: str, tracking_uri: str) -> bool:
+    """Whether the registry has the version `models:/NAME/VERSION` and its files.
+
+    A registry that does not answer is taken at its word of before: it is no reason to register again.
+    """
+    parts = MODEL_URI.fullmatch(uri)
+    assert parts is not None
+    if not has_database(tracking_uri):
+        return False
+    try:
+        check_server(tracking_uri)
+        version = open_client(tracking_uri).get_model_version(parts["name"], parts["version"])
+        return has_file(str(version.source), "MLmodel", tracking_uri)
+    except (TrackingError, OSError, ValueError) as error:
+        return not (isinstance(error, TrackingError) and error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def version_tags(uri: str, tracking_uri: str | None) -> dict[str, str]:
@@ -131,11 +189,11 @@ def registered_uris(tracking_uri: str) -> set[str]:
             return found
 
 
-def fetch(uri: str, tracking_uri: str | None, folder: Path) -> RegisteredModel:
+def fetch(uri: str, tracking_uri: str | None, folder: Path, trust: bool = False) -> RegisteredModel:
     """Downloads a model into `folder`; a model that is a local folder is not copied.
 
     Raises:
-        ValueError: As `resolve`, or if the model is not an image classifier with class names in its metadata.
+        ValueError: As `resolve` and `RegisteredModel.from_folder`, which also says what `trust` is.
     """
     pinned = resolve(uri, tracking_uri)
     local = Path(pinned)
@@ -143,5 +201,8 @@ def fetch(uri: str, tracking_uri: str | None, folder: Path) -> RegisteredModel:
         # Not by the URI of the model: MLflow would look that up in the registry of the environment.
         client = open_client(tracking_uri)
         source = client.get_model_version_download_uri(parts["name"], parts["version"])
-        local = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
-    return RegisteredModel.from_folder(local, pinned)
+        try:
+            local = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
+        except (TrackingError, OSError) as error:
+            raise ValueError(f"model = {uri!r}: its files cannot be read from {source}: {error}") from error
+    return RegisteredModel.from_folder(local, pinned, trust)

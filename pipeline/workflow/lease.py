@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from pipeline.storage import Storage
@@ -57,6 +57,18 @@ class Claim:
     @classmethod
     def of_this_process(cls) -> "Claim":
         return cls(socket.gethostname(), _machine(), os.getpid(), _born(os.getpid()) or "")
+
+    @classmethod
+    def from_json(cls, value: object) -> "Claim":
+        """The claim that a file has.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        kinds = {field.name: field.type for field in fields(cls)}
+        if not isinstance(value, dict) or {name: type(part) for name, part in value.items()} != kinds:
+            raise ValueError("it is no claim of a driver")
+        return cls(**value)
 
     def is_dead(self) -> bool:
         """Whether the process is known to be gone. Nothing is known about processes of other machines."""
@@ -143,9 +155,11 @@ class Lease:
             if path == self._path(path.split("/")[1]) or not path.endswith(".json"):
                 continue
             try:
-                claim = Claim(**self._storage.read_json(path))
+                claim = Claim.from_json(self._storage.read_json(path))
             except FileNotFoundError:
                 continue  # it has just ended
+            except ValueError as error:
+                raise ValueError(f"{self._storage.absolute(path)}: {error}: delete the file") from error
             before, since = self._changed.get(path, (None, 0.0))
             if claim != before:
                 since = time.monotonic()

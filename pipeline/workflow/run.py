@@ -89,11 +89,15 @@ class Run(Generic[C]):
         return found
 
     def committed(self, task: Task[C]) -> Manifest | None:
-        """The manifest of a task; None if there is none, or its output is not what this configuration asks for."""
+        """The manifest of a task; None if there is none, or its output is not what this configuration asks for.
+
+        Raises:
+            ValueError: as `read_manifest`.
+        """
         path = self.manifest_path(task.name)
         if not self.storage.exists(path):
             return None
-        manifest = self.storage.read_json(path)
+        manifest = read_manifest(self.storage, path, task.name)
         return manifest if task.is_current(self.config, manifest["output"]) else None
 
     def forget(self, names: Iterable[str]) -> None:
@@ -116,3 +120,20 @@ class Run(Generic[C]):
     @property
     def _identity_path(self) -> str:
         return f"runs/{self.key}.json"
+
+
+def read_manifest(storage: Storage, path: str, task: str) -> Manifest:
+    """The manifest of a task that is done.
+
+    Raises:
+        ValueError: if the file is no manifest of this task; names it.
+    """
+    try:
+        manifest = storage.read_json(path)
+    except ValueError:
+        manifest = None
+    if isinstance(manifest, dict) and manifest.get("task") == task:
+        kinds = {"attempt": str, "inputs": dict, "output": dict}
+        if all(isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
+            return manifest
+    raise ValueError(f"{storage.absolute(path)} is no manifest of the task {task}: delete it, and the task runs again")

@@ -60,7 +60,7 @@ def test_parquet_of_tensors(tmp_path: Path, images: np.ndarray, row_group_size: 
             "other": pa.array(range(25)[rows]),
         }
         pq.write_table(pa.table(columns), tmp_path / "folder" / f"{name}.parquet", row_group_size=row_group_size)
-    (tmp_path / "folder" / "_notes.parquet").write_text("not data")
+    (tmp_path / "folder" / ".notes.parquet").write_text("not data")
     source = list_parts(str(tmp_path / "folder"), 10)
     assert [part.num_rows for part in source.parts] == [10, 5, 10]
     table = read_all(source)

@@ -1,9 +1,13 @@
 """A training that begins with the weights of a registered model's `.keras` file."""
 
+import io
+import resource
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -76,3 +80,40 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     initial, _ = saved(tmp_path, PerceiverConfig(**asdict(MODEL) | {"num_latents": 8}))
     with pytest.raises(InitialModelError, match=r"train.initial_model = models:/digits/1 is another model .*give the"):
         reports(initial)
+
+
+def test_a_file_that_describes_a_huge_model_is_refused_without_building_it(tmp_path: Path) -> None:
+    huge = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    huge.save(tmp_path / "huge.keras")
+    with zipfile.ZipFile(tmp_path / "huge.keras") as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    members["config.json"] = members["config.json"].replace(b'"units": 2', b'"units": 67108864')
+    assert b"67108864" in members["config.json"]
+    with zipfile.ZipFile(tmp_path / "huge.keras", "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InitialModelError, match="is another model"):
+        reports(tmp_path / "huge.keras")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024, "in KiB"
+
+
+def test_compressed_weights_of_any_size_are_refused_unread(tmp_path: Path) -> None:
+    initial, _ = saved(tmp_path, MODEL)
+    with zipfile.ZipFile(initial) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    weights = io.BytesIO(members["model.weights.h5"])
+    with h5py.File(weights, "a") as file:
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        del file[names[0]]
+        file.create_dataset(names[0], (1 << 30,), "float32", chunks=(1 << 20,), compression="gzip")
+    members["model.weights.h5"] = weights.getvalue()
+    assert len(members["model.weights.h5"]) < 1 << 20
+    with zipfile.ZipFile(initial, "w") as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InitialModelError, match="or damaged"):
+        reports(initial)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024, "in KiB"
