@@ -1,7 +1,11 @@
 # Everything runs in .venv. It is set up on first use, and again when requirements-dev.txt or pyproject.toml changes.
-PYTHON ?= python3.11
+IS_USABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
+	if $$name -c '$(IS_USABLE)' 2>/dev/null; then echo $$name; break; fi; done)
 BIN := .venv/bin
 SET_UP := .venv/.set-up
+# Errors only: pip and setuptools have many notices for those who make packages.
+QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -13,10 +17,14 @@ help: ## list the targets
 set-up: $(SET_UP) ## create .venv from requirements-dev.txt and install the project into it, editable
 
 $(SET_UP): requirements-dev.txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@test -x $(BIN)/python || test "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12: install it" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "$(PYTHON) makes .venv"; $(PYTHON) -m venv .venv; }
+	@echo "installs the packages of requirements-dev.txt into .venv: some minutes the first time"
+	@$(BIN)/python -m pip install $(QUIETLY) --require-hashes -r requirements-dev.txt
+	@echo "installs this project into .venv"
+	@$(BIN)/python -m pip install $(QUIETLY) --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo ".venv is ready"
 
 run: $(SET_UP) ## run the whole pipeline on the digits of scikit-learn
 	$(BIN)/python pipeline/run.py quickstart

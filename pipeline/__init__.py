@@ -14,6 +14,7 @@ registry/     versions of the registered model, their promotion, export and down
 tracking/     runs in MLflow, sent through an outbox that outlasts a server that is down
 report/       the HTML page of a run
 inference/    batch inference with a registered model
+multiworker/  makes Keras 3 train on several workers; can be used without the rest of the project
 
 Commands:
 
@@ -24,7 +25,14 @@ clean.py              lists the storage folder and deletes what no registered mo
 
 Modules without a package:
 
-multiworker.py   makes Keras 3 train on several workers; can be used without the rest of the project
 storage.py       a folder or an object store behind one interface, with verified reads
 fields.py        which settings are part of a task's key, and range checks
+command.py       how a command ends: its exit code and its messages
+masking.py       hides passwords and keys in what leaves a process
 """
+
+import os
+
+# Keras takes its backend when it is first imported, in each process for itself. The environment and the keras.json of
+# the user may name another one for other work, and the one of the driver does not reach the workers of a cluster.
+os.environ["KERAS_BACKEND"] = "tensorflow"

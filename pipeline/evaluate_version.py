@@ -14,11 +14,12 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
+from pipeline.command import libraries_to_log, run_command
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.ingest import load
@@ -42,6 +43,8 @@ class Options:
     split: Literal["train", "validation", "test"] = "test"
     """Rows to evaluate on; the splits are those of a run with the same `data` settings."""
     data: DatasetConfig = field(default_factory=DatasetConfig)
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Load a model of another kind than this pipeline exports too: loading it may run its code."""
 
 
 def evaluate_version(options: Options) -> dict[str, Any]:
@@ -54,11 +57,11 @@ def evaluate_version(options: Options) -> dict[str, Any]:
     if data.source == "files":
         from pipeline.data.image_survey import find_images
 
-        data = find_images(data, ".")
+        data = find_images(data, ".", keep_survey=False)
     source = source_of(data)
     check_archive(data, source)
     with tempfile.TemporaryDirectory() as folder:
-        model = fetch(options.model, options.tracking_uri, Path(folder))
+        model = fetch(options.model, options.tracking_uri, Path(folder), options.trust)
         if model.image_shape != (shape := source.image_shape):
             raise ValueError(
                 f"model = {options.model!r} takes images {model.image_shape}, but data.source = {options.data.source} "
@@ -97,17 +100,18 @@ def _rows(data: DatasetConfig, split: str) -> Rows:
     return raw.train.take(kept if split == "train" else held_out)
 
 
-def main() -> int:
-    try:
-        options = tyro.cli(
-            Options, prog="python -m pipeline.evaluate_version", description=__doc__, config=(tyro.conf.SuppressFixed,)
-        )
+def run() -> int:
+    options = tyro.cli(
+        Options, prog="python -m pipeline.evaluate_version", description=__doc__, config=(tyro.conf.SuppressFixed,)
+    )
+    with libraries_to_log():
         found = evaluate_version(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(json.dumps(found))
     return 0
+
+
+def main() -> int:
+    return run_command(run)
 
 
 if __name__ == "__main__":

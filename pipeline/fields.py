@@ -3,6 +3,8 @@
 from dataclasses import fields
 from typing import Any
 
+from pipeline.masking import mask
+
 # Metadata of fields that decide how a run is executed and not its results: they are not part of a task's key.
 EXECUTION = {"keyed": False}
 # Metadata of fields that were added after runs had been made: with their default they are not part of a key, so that
@@ -23,4 +25,5 @@ def keyed(section: Any) -> dict[str, Any]:
 def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """Raises a ValueError with the name of the setting, its value and the remedy, unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{name} = {value!r}: {remedy}")
+        # Masked here, because the parser of the command line folds a message before it prints it.
+        raise ValueError(f"{name} = {mask(repr(value))}: {remedy}")

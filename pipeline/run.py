@@ -10,20 +10,19 @@ signal n, and can be continued.
 
 import sys
 
+from pipeline.command import run_command
 from pipeline.settings.command_line import parse
 
 
-def main() -> int:
-    try:
-        preset, options = parse(sys.argv[1:])
-        from pipeline.driver.drive import drive  # after parsing: --help and a bad value need no Ray
+def run() -> int:
+    preset, options = parse(sys.argv[1:])
+    from pipeline.driver.drive import drive  # after parsing: --help and a bad value need no Ray
 
-        return drive(preset, options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return drive(preset, options)
+
+
+def main() -> int:
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ opens it again.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +37,65 @@ class CorruptFileError(ValueError):
         return f"{self.path} {state}; expected SHA-256 {self.expected}: run the task that wrote it again with --force"
 
 
+class StorageFullError(OSError, ValueError):
+    """The disk of the storage has no room, or the user no quota, for a file."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def sha256_of_file(path: str | Path) -> str:
     """SHA-256 of a local file in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+CONTACT_SECONDS = 10.0
+"""How long a storage may take to answer at first; the libraries of the clouds try for a quarter of an hour."""
+
+
+def open_storage(uri: str, option: str = "storage") -> "Storage":
+    """`Storage(uri)`, once it has answered.
+
+    Args:
+        option: name of the option that gave `uri`, for messages.
+
+    Raises:
+        ValueError: if pyarrow knows no file system for the URI, or the storage does not answer or refuses to.
+    """
+    if _is_local(uri):
+        return Storage(uri)
+    # In a process of its own, because the call can be ended in no other way. The URI may hold a key: not an argument.
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", _ASK],
+            input=uri,
+            capture_output=True,
+            text=True,
+            timeout=CONTACT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{option} = {uri!r} has not answered within {CONTACT_SECONDS:g} s: check that this machine reaches it, "
+            "and that the URI names the right endpoint and region"
+        ) from None
+    if asked.returncode:
+        why = asked.stderr.strip().rpartition("\n")[2]
+        Storage(uri)  # says so itself if the URI is none
+        raise ValueError(f"{option} = {uri!r} cannot be read and written: {why}")
+    return Storage(uri)
+
+
+_ASK = """
+import sys, pyarrow.fs
+filesystem, path = pyarrow.fs.FileSystem.from_uri(sys.stdin.read())
+filesystem.get_file_info(path)
+"""
+
+
+def _is_local(uri: str) -> bool:
+    return "://" not in uri or uri.startswith("file://")
 
 
 class Storage:
@@ -51,7 +109,7 @@ class Storage:
     """
 
     def __init__(self, uri: str) -> None:
-        self.is_local = "://" not in uri or uri.startswith("file://")
+        self.is_local = _is_local(uri)
         try:
             if self.is_local:
                 path = uri.removeprefix("file://")
@@ -97,6 +155,9 @@ class Storage:
         """Writes the whole file or nothing: an object appears once complete, a local file is renamed into place.
 
         A local file is on the disk when this returns, also if the host crashes then.
+
+        Raises:
+            StorageFullError: if a local disk has no room for it.
         """
         target = self.fs_path(path)
         folder = target.rpartition("/")[0]
@@ -106,10 +167,20 @@ class Storage:
                 stream.write(data)
             return
         written = f"{target}.{uuid.uuid4().hex}.tmp"
-        with open(written, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(written, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(written)
+            if error.errno in _FULL:
+                raise StorageFullError(
+                    f"{target}, {len(data):,} bytes, cannot be written: {error.strerror}: make room, and give the "
+                    "command again"
+                ) from error
+            raise
         os.replace(written, target)
         directory = os.open(folder, os.O_RDONLY)
         os.fsync(directory)

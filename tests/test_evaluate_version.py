@@ -71,10 +71,12 @@ def test_the_command_prints_json_or_an_error(registry: str) -> None:
         [*command, "--data.source", "digits"], cwd=ROOT, env=os.environ, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["num_examples"] == 360
+    (line,) = result.stdout.splitlines()
+    assert json.loads(line)["num_examples"] == 360
+    assert result.stderr == "", "what the libraries print is in a log"
     with pytest.raises(ValueError, match=r"takes images \(8, 8, 1\), but data.source = cifar100"):
         evaluate_version(Options("models:/digits/1", registry))
-    with pytest.raises(ValueError, match="models:/digits/2' is not in sqlite"):
+    with pytest.raises(ValueError, match="models:/digits/2': it is not in sqlite"):
         evaluate_version(Options("models:/digits/2", registry, data=DIGITS))
 
 

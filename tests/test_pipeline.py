@@ -27,6 +27,8 @@ SMALL = [*SHALLOW, "--train.epochs", "4", "--train.learning-rate", "0.004", "--s
 SMALL += ["--search.epochs", "1"]
 NO_SEARCH = [*SHALLOW, "--search.num-trials", "0"]
 TASKS = [task.name for task in graph.TASKS]
+# As in most companies. Nothing of a run on one machine goes through them.
+PROXIES = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
 DATA_TASKS = ("ingest", "preprocess")
 
 
@@ -78,7 +80,7 @@ class Runs:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=os.environ | {"RAY_TMPDIR": str(self._ray_folder)},
+                env=os.environ | {"RAY_TMPDIR": str(self._ray_folder), "KERAS_BACKEND": "jax"} | PROXIES,
             )
         self._drivers.append(Driver(process, name.with_suffix(".log"), summary))
         return self._drivers[-1]
@@ -206,6 +208,18 @@ def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Run
     assert all(text in card for text in (digest, "## Limits", "CC BY 4.0", "Apache-2.0", "train.learning_rate"))
     assert str(version.description) in card
     assert version.tags["promotion.state"] == "champion"
+
+
+def test_a_deleted_model_is_registered_again(new_runs: Runs) -> None:
+    from mlflow import MlflowClient
+
+    options = [*NO_SEARCH, "--train.epochs", "1", "--train.warmup-epochs", "0", "--until", "register"]
+    assert new_runs.run(*options)["model"]["uri"] == "models:/perceiver/1"
+    MlflowClient(f"sqlite:///{new_runs.storage}/mlflow.db").delete_registered_model("perceiver")
+    again = new_runs.run(*options)
+    assert [name for name, state in states(again).items() if state == "done"] == ["register"]
+    assert again["model"]["uri"] == "models:/perceiver/1"
+    assert [name for name, state in states(new_runs.run(*options)).items() if state == "done"] == []
 
 
 def test_a_changed_shard_is_named_before_training(new_runs: Runs) -> None:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,3 +149,22 @@ def test_a_file_is_old_or_new_when_its_writer_is_killed(tmp_path: Path) -> None:
 
 def test_parts_are_joined_to_a_path() -> None:
     assert Storage.join("tasks/", "/train", "", "key") == "tasks/train/key"
+
+
+def test_a_store_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.CONTACT_SECONDS", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        uri = f"s3://bucket/runs?endpoint_override={host}&scheme=http&region=a"
+        start = time.monotonic()
+        with pytest.raises(
+            ValueError, match=r"data.path = 's3://bucket.* has not answered within 2 s: check that this"
+        ):
+            open_storage(uri, "data.path")
+        assert time.monotonic() - start < 10
+
+
+def test_a_storage_that_answers_is_opened(tmp_path: Path) -> None:
+    assert open_storage(str(tmp_path / "not there yet")).root == str(tmp_path / "not there yet")
+    with pytest.raises(ValueError, match=r"storage = 'nope://bucket': .*give a folder or a URI that pyarrow.fs takes"):
+        open_storage("nope://bucket")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import Any
 
 from rich.markup import escape
 
+from pipeline.command import say_error
 from pipeline.driver.progress import Progress, make_console
-from pipeline.driver.summary import show_plan, show_summary, summarize
+from pipeline.driver.summary import NEWEST_REPORT, show_plan, show_summary, summarize
+from pipeline.driver.window import check_window
 from pipeline.settings.command_line import Options
 from pipeline.settings.config import PipelineConfig
-from pipeline.storage import Storage
+from pipeline.storage import CorruptFileError, open_storage
 from pipeline.tasks.graph import TASKS
+from pipeline.tasks.steps import check_initial_model
 from pipeline.tracking.outbox import Unsent, has_waiting
 from pipeline.tracking.server import check_server
 from pipeline.workflow.lease import Claim, Lease, LeaseLost
@@ -34,28 +36,37 @@ def drive(preset: str, options: Options) -> int:
     Raises:
         ValueError: if a setting or the data cannot be used.
     """
-    run = Run(TASKS, options.config, Storage(options.config.storage))
+    check_window(options.config)
+    run = Run(TASKS, options.config, open_storage(options.config.storage))
     if options.dry_run:
         show_plan(preset, options, run, make_console())
         return 0
     try:
         summary = execute(preset, options, run)
     except Stopped as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        say_error("stopped; the same command goes on from here")
         return 128 + stopped.signal
     except LeaseLost as lost:
-        print(f"error: {lost}", file=sys.stderr)
+        say_error(f"error: {lost}")
         return 1
     except TaskFailed as failed:
         if isinstance(failed.cause, ValueError):
             raise failed.cause from failed
-        print(f"error: {failed}\n{failed.__cause__}", file=sys.stderr)
+        # An error of this project, or of a disk, says all that a person needs; of any other the traceback is needed.
+        own = type(failed.cause).__module__.partition(".")[0] in ("pipeline", "tune") or isinstance(
+            failed.cause, OSError
+        )
+        say_error(f"error: {failed}" if own else f"error: {failed}\n{failed.__cause__}")
         return 1
+    if "report" in summary:
+        with contextlib.suppress(OSError, CorruptFileError):  # a copy, without which the run is done all the same
+            newest = run.storage.read_json(run.manifest_path("report"))["output"]["report"]
+            run.storage.write_bytes(NEWEST_REPORT, run.storage.read_verified(newest))
     show_summary(summary, make_console())
     if options.summary_json:
         Path(options.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
     if unsent := summary["mlflow"]["unsent"]:
-        print(f"error: {unsent}", file=sys.stderr)
+        say_error(f"error: {unsent}")
     return 1 if unsent else 0
 
 
@@ -85,10 +96,6 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
         progress.cached(manifests)
         if len(cached) == len(tasks) and not left_over:
             return summarize(preset, config, manifests, cached)
-        # Neither library shall call home from somebody's cluster unless told to; they read this when imported.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         # Imported below, since a run whose tasks are all done needs neither a cluster nor MLflow.
         if len(cached) == len(tasks):
             return summarize(preset, config, manifests, cached, *_send_left_over(preset, config, identity, progress))
@@ -98,6 +105,8 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
             if not left_over:
                 raise
             progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
+        if "train" not in manifests:
+            check_initial_model(config)
         from pipeline.driver.resources import connect
 
         if connect(config, storage, progress.say):
@@ -113,7 +122,7 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
                 manifests = run_tasks(run, tasks, signals, observers, lease.check)
         except (Stopped, TaskFailed):
             if log.unsent:
-                print(f"warning: {log.unsent}", file=sys.stderr)
+                say_error(f"warning: {log.unsent}")
             raise
         return summarize(preset, config, manifests, cached, log.run_id, log.unsent)
 
@@ -183,12 +192,16 @@ class _Release:
 
 def _outlive_terminal(progress: Progress) -> None:
     """Lets a run on a cluster go on when the ssh connection of its driver ends; its output then goes to a file."""
-    log = Path(tempfile.gettempdir()) / f"perceiver-pipeline-{os.getpid()}.log"
 
     def hang_up(*_: object) -> None:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file, stream.fileno())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            # In a folder to which others may write: a new file, which is no link, and which they cannot read.
+            file, _path = tempfile.mkstemp(prefix=f"perceiver-pipeline-{os.getpid()}-", suffix=".log")
+        except OSError:
+            file = os.open(os.devnull, os.O_WRONLY)  # the run goes on without its output
+        for stream in (1, 2):
+            os.dup2(file, stream)
         progress.hang_up()
 
     signal.signal(signal.SIGHUP, hang_up)

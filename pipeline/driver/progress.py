@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: lines on a terminal with a live line below them, plain lines elsewhere."""
 
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,15 +8,19 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.data.image_progress import ImageProgress
 from pipeline.driver.trial_table import TrialTable, duration
+from pipeline.masking import mask
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.events import Said, TrialChanged
-from pipeline.training.worker import EpochEnded, StepProgress
+from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 # In a log, lines are not folded at the width of a terminal that is not there.
 PLAIN_WIDTH = 200
-# Seconds between the lines with the position within an epoch, in a log.
+# Seconds between the lines with the position within an epoch or among the images, in a log.
 PLAIN_SECONDS = 60.0
+# Seconds after which a task that shows no sign of life says for what it waits.
+WAIT_SECONDS = 30.0
 
 
 class Progress:
@@ -35,12 +40,15 @@ class Progress:
         self._time_left: _TimeLeft | None = None
         self._last_plain = self._start
         self._terminal_is_gone = False
+        self._waits: dict[str, threading.Timer] = {}
 
     def __enter__(self) -> "Progress":
         self._status.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        for task in list(self._waits):
+            self._has_begun(task)
         self._status.stop()
 
     def hang_up(self) -> None:
@@ -48,9 +56,9 @@ class Progress:
         self._terminal_is_gone = True
 
     def say(self, text: str) -> None:
-        """Prints a line with the time since the start."""
+        """Prints a line with the time since the start, without the passwords and keys in it."""
         self._follow_terminal()
-        self.console.print(f"[dim]{time.monotonic() - self._start:7.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(f"[dim]{time.monotonic() - self._start:7.1f} s[/dim]  {mask(text)}", highlight=False)
 
     def cached(self, names: Iterable[str]) -> None:
         """Prints the tasks that an earlier run has done."""
@@ -60,18 +68,57 @@ class Progress:
     def started(self, task: str) -> None:
         self._status.update(task)
         self.say(f"[bold]{task:10}[/bold] started")
+        if what := self._awaited(task):
+            self._wait(task, what)
+
+    def _wait(self, task: str, what: str) -> None:
+        """Says in a while for what a task waits, unless it has begun by then."""
+        self._has_begun(task)
+        line = f"{task:10} has waited {WAIT_SECONDS:.0f} s for {what}"
+        self._waits[task] = threading.Timer(WAIT_SECONDS, self.say, [line])
+        self._waits[task].daemon = True
+        self._waits[task].start()
+
+    def _awaited(self, task: str) -> str | None:
+        """What a task needs of the cluster before it can begin, which may take long; None if it needs nothing."""
+        train, search = self.config.train, self.config.search
+        if task == "train":
+            each = f"{train.cpus_per_worker:g} CPU{' and a GPU' if train.use_gpu else ''}"
+            return f"{train.min_workers} workers with {each} each to start"
+        if task == "search" and search.num_trials:
+            each = f"{search.workers_per_trial * search.cpus_per_trial:g} CPU"
+            return f"the first trial to start, which takes {each}{' and GPUs' if train.use_gpu else ''}"
+        return None
+
+    def _has_begun(self, task: str) -> None:
+        if timer := self._waits.pop(task, None):
+            timer.cancel()
 
     def done(self, task: str, manifest: Mapping[str, Any]) -> None:
+        self._has_begun(task)
         self.say(f"[green]{task:10}[/green] done in {manifest['seconds']:.1f} s")
 
     def reported(self, event: object) -> None:
         self._follow_terminal()
         if isinstance(event, Said):
             self.say(f"{event.task:10} {escape(event.text)}")
+        elif isinstance(event, WorkersStarted):
+            if event.open_ports:
+                self.say(escape(f"{'train':10} warning: {event.open_ports}"))
+            workers = escape(", ".join(event.addresses))
+            self._wait("train", f"the workers at {workers} to find each other and to take their first step")
         elif isinstance(event, TrialChanged):
+            self._has_begun("search")
             self._show_trial(event)
         elif isinstance(event, StepProgress):
+            self._has_begun("train")
             self._show_step(event)
+        elif isinstance(event, ImageProgress):
+            self._show_live(
+                f"{event.task:10} {event.images:,} of {event.total:,} images {event.step}, "
+                f"{event.images * event.image_bytes / 1e6:,.0f} of {event.total * event.image_bytes / 1e6:,.0f} MB of "
+                f"pixels, {event.images_per_second:,.0f} images/s, {duration(event.seconds_left)} left"
+            )
         elif isinstance(event, EpochEnded):
             self._show_epoch(event.metrics)
 
@@ -93,7 +140,6 @@ class Progress:
             self.say(f"{'search':10} {line}")
 
     def _show_step(self, step: StepProgress) -> None:
-        """The live line; a plain line now and then where there is no terminal."""
         # The first step, or the workers were started again.
         if self._time_left is None or step.epoch < self._time_left.epoch:
             self._time_left = _TimeLeft(self.config.train.epochs)
@@ -106,7 +152,10 @@ class Progress:
             f"accuracy {step.accuracy:.4f}",
             f"{'?' if left is None else duration(left)} left",
         ]
-        line = f"{'train':10} {', '.join(parts)}"
+        self._show_live(f"{'train':10} {', '.join(parts)}")
+
+    def _show_live(self, line: str) -> None:
+        """The live line; a plain line now and then where there is no terminal."""
         if self.console.is_terminal:
             self._status.update(line)
         elif time.monotonic() - self._last_plain >= PLAIN_SECONDS:

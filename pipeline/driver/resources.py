@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import ray
 
+from pipeline.command import libraries_to_log
+from pipeline.devices import require_gpu_in_cluster
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
 from pipeline.workflow.cluster import address_to_join, check_storage, join_or_start
@@ -30,17 +32,28 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
     Raises:
         ValueError: if the workers or the trials of `config` can never fit, if nothing answers at `$RAY_ADDRESS`, or if
             a node does not see `storage`; names the numbers or the node, and the remedy.
+        GpuError: if TensorFlow cannot use the GPUs of the cluster, and `config` asks for them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if address_to_join() is None:
         check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
-    joined = join_or_start()
+    with libraries_to_log():
+        joined = join_or_start()
     if joined:
         _wait_for_nodes(config, say)
-        check_storage(storage)
+        check_storage(storage, say)
     else:
         check_resources(config, ray.cluster_resources(), "the cluster")
+    _check_gpus(config, say)
     return joined
+
+
+def _check_gpus(config: PipelineConfig, say: Callable[[str], None]) -> None:
+    """Tries one of the GPUs that `config` asks for; says so if it asks for none of those that are there."""
+    if config.train.use_gpu:
+        require_gpu_in_cluster("train.use_gpu")
+    elif gpus := ray.cluster_resources().get("GPU"):
+        say(f"the cluster has {gpus:g} GPUs, and this run computes on CPUs: --train.use-gpu gives every worker a GPU")
 
 
 def _wait_for_nodes(config: PipelineConfig, say: Callable[[str], None]) -> None:

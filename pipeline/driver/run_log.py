@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from perceiver import cost
+from pipeline.masking import masked
 from pipeline.settings.config import PipelineConfig, flatten, trained_configs
 from pipeline.storage import Storage
 from pipeline.tasks.events import TrialChanged
@@ -157,7 +158,7 @@ class RunLog:
             self._open_runs.pop(run, None)
         elif run:
             self._open_runs[run] = None
-        self._sender.record(Record(run, **what))
+        self._sender.record(Record(run, **masked(what)))
 
     def _dataset(self, preprocessed: Mapping[str, Any]) -> dict[str, Any]:
         output = preprocessed["output"]

@@ -8,12 +8,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from perceiver import cost
+from pipeline.masking import masked
 from pipeline.settings.command_line import Options
 from pipeline.settings.config import PipelineConfig, flatten, trained_configs
 from pipeline.storage import Storage
 from pipeline.tracking.outbox import Unsent
 from pipeline.workflow.run import Run
 from pipeline.workflow.task import Manifest
+
+NEWEST_REPORT = "report.html"
+"""Storage path of a copy of the report of the command that was given last."""
 
 
 def summarize(
@@ -24,7 +28,7 @@ def summarize(
     run_id: str | None = None,
     unsent: Unsent | None = None,
 ) -> dict[str, Any]:
-    """The summary of a run; the parts of tasks that are not among `manifests` are missing."""
+    """The summary of a run, without passwords and keys; the parts of tasks not among `manifests` are missing."""
     outputs = {name: manifest["output"] for name, manifest in manifests.items()}
     summary: dict[str, Any] = {
         "preset": preset,
@@ -63,8 +67,8 @@ def summarize(
         summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
         summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
     if "report" in outputs:
-        summary["report"] = Storage(config.storage).absolute(outputs["report"]["report"]["path"])
-    return summary
+        summary["report"] = Storage(config.storage).absolute(NEWEST_REPORT)
+    return masked(summary)
 
 
 def show_summary(summary: dict[str, Any], console: Console) -> None:
@@ -88,12 +92,12 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         )
     if model:
         table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
-    if report := summary.get("report"):
-        table.add_row("report", escape(report))
     runs = summary["mlflow"]
     table.add_row("runs", escape(f"experiment {runs['experiment']}, run {runs['run_id']}"))
     table.add_row("to look at them", escape(mlflow_command(runs["tracking_uri"])))
     console.print(table)
+    if report := summary.get("report"):
+        console.print(escape(f"report: {report}"), soft_wrap=True)
 
 
 def mlflow_command(tracking_uri: str) -> str:
@@ -113,7 +117,7 @@ def show_plan(preset: str, options: Options, run: Run[PipelineConfig], console: 
     if config.data.source == "files":
         from pipeline.driver.image_plan import show_images
 
-        show_images(config.data, console)
+        show_images(config.data, run.storage, console)
     tasks = Table("task", "key", "state", "takes", title="tasks")
     finished, wanted = run.done().keys() - run.following(options.force), True
     for task in run.tasks:

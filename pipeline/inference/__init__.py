@@ -1,5 +1,6 @@
 """Classifies any number of images with a registered model, in parts that are each done once.
 
-job.py          options of a batch inference job, and the job itself over Ray Data
+config.py       options of a batch inference job
+job.py          the job itself, over Ray Data
 classifier.py   the actor that classifies the images of a part and writes the results
 """

@@ -15,13 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.image_files import Part, read_part
+from pipeline.devices import multiply_on_gpu, require_gpu
 from pipeline.registry.fetch import RegisteredModel
 from pipeline.storage import Storage
+
+PART_PREFIX = "part-"
 
 
 def file_name(part: int) -> str:
     """Name of the file with the results of a part."""
-    return f"part-{part:06d}.parquet"
+    return f"{PART_PREFIX}{part:06d}.parquet"
 
 
 def read(batch: dict[str, np.ndarray], **arguments: Any) -> pa.Table:
@@ -38,19 +41,28 @@ class Classifier:
         output: Storage for the results.
         threads: Number of threads for TensorFlow.
         batch_size: Number of images in one call of the model.
+        use_gpu: Whether to insist on a GPU.
+
+    Raises:
+        GpuError: If TensorFlow cannot compute on the GPU that was asked for.
     """
 
-    def __init__(self, files: dict[str, bytes], source: str, output: Storage, threads: int, batch_size: int) -> None:
+    def __init__(
+        self, files: dict[str, bytes], source: str, output: Storage, threads: int, batch_size: int, use_gpu: bool
+    ) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         import tensorflow as tf
 
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
+        if use_gpu:
+            require_gpu("use_gpu")
+            multiply_on_gpu("use_gpu")
         with tempfile.TemporaryDirectory() as folder:
             for path, data in files.items():
                 (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
                 (Path(folder) / path).write_bytes(data)
-            model = RegisteredModel.from_folder(Path(folder), source)
+            model = RegisteredModel.from_folder(Path(folder), source, trust=True)  # the job has checked it
             self._apply, self._names = model.load(), model.label_names
             self._apply(np.zeros((1, *model.image_shape), np.uint8))
         self._output, self._batch_size = output, batch_size

@@ -1,68 +1,39 @@
-"""A batch inference job: its options, the check that the output folder belongs to it, and its parts over Ray Data."""
+"""A batch inference job: the check that the output folder belongs to it, and its parts over Ray Data."""
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import ray
 import ray.data
-import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from pipeline.data.image_decoding import Resize
-from pipeline.data.image_files import ImageInput, Part, list_parts
+from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
 from pipeline.data.ray_rows import own_errors
-from pipeline.inference.classifier import Classifier, count_errors, file_name, read
+from pipeline.devices import require_gpu_in_cluster
+from pipeline.inference.classifier import PART_PREFIX, Classifier, count_errors, file_name, read
+from pipeline.inference.config import PredictOptions
 from pipeline.registry.fetch import RegisteredModel, fetch
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 from pipeline.workflow.cluster import join_or_start
 
+WAIT_SECONDS = 30.0
 JOB_FILE, DONE_FILE = "_job.json", "_done.json"
 READER_CPUS = 0.1
 """CPUs of a task that reads a part; low, so that readers can run next to actors that take all other CPUs."""
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """Options of a batch inference job."""
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """models:/NAME/VERSION, models:/NAME@ALIAS, or a folder with an MLmodel file."""
-    input: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGES")]
-    """Folder of images or of Parquet files, a Parquet file, or an npz file."""
-    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
-    """Folder of the results."""
-    tracking_uri: str | None = None
-    """MLflow tracking URI of the registry that has the model."""
-    num_actors: int | None = None
-    """Number of processes that classify; None: as many as the CPUs of the cluster allow."""
-    cpus_per_actor: float = 1.0
-    """CPUs of each of these processes, and its number of threads."""
-    use_gpu: bool = False
-    """Give every actor a GPU; not measured on the authors' machines."""
-    batch_size: int = 256
-    """Number of images in one call of the model."""
-    part_rows: int = 1024
-    """Number of images in a part, the unit of progress; choose it so that each actor gets many parts."""
-    resize: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Stretch images of another size; otherwise they are reported as errors. A model that was trained on image files
-    fits them as in its training, with or without this."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_actors", "batch_size", "part_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: give at least 1")
-        if not 0.001 <= self.cpus_per_actor < float("inf"):
-            raise ValueError(f"cpus_per_actor = {self.cpus_per_actor}: give at least 0.001")
+READER_BYTES = 1 << 30
+"""Memory of such a task, of which so many run at once as the hosts have memory for: the largest image takes as much."""
 
 
 def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
@@ -76,14 +47,19 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
         from the first work of an actor, without the start of Ray and of the actors.
 
     Raises:
-        ValueError: If the model or the input cannot be used, or the output holds results of another job.
+        ValueError: If the model or the input cannot be used, the output holds results of another job, or no node of the
+            cluster has room for a process that classifies.
     """
     progress = _JobProgress(console)
-    source = list_parts(options.input, options.part_rows)
-    output = Storage(options.output)
+    output = open_storage(options.output, "output")
+    source = list_parts(options.input, options.part_rows, output)
     with tempfile.TemporaryDirectory() as folder:
-        model = fetch(options.model, options.tracking_uri, Path(folder))
-        _claim(output, _job(options, model, source))
+        model = fetch(options.model, options.tracking_uri, Path(folder), options.trust)
+        check_input(source, model.image_shape)
+        try:
+            _claim(output, _job(options, model, source))
+        except OSError as error:
+            raise ValueError(f"output = {options.output!r} cannot be read and written: {error}") from error
         present = set(output.list(""))
         todo = [part for part in source.parts if file_name(part.number) not in present]
         progress.begin(source, todo)
@@ -91,8 +67,12 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             if not ray.is_initialized():
                 join_or_start()
-            for finished in _predictions(options, model, source, output, todo):
-                progress.add(finished)
+            _check_room(options)
+            if options.use_gpu:
+                require_gpu_in_cluster("use_gpu")
+            with progress.waiting(f"a process with {_needs(options)}"):
+                for finished in _predictions(options, model, source, output, todo):
+                    progress.add(finished)
     done = {
         "parts": len(source.parts),
         "rows": source.num_rows,
@@ -122,7 +102,7 @@ def _predictions(
     read_rows = functools.partial(
         read, kind=source.kind, root=source.root, image_shape=model.image_shape, resize=_policy(options, model)
     )
-    done = dataset.map_batches(read_rows, batch_size=1, num_cpus=READER_CPUS).map_batches(
+    done = dataset.map_batches(read_rows, batch_size=1, num_cpus=READER_CPUS, memory=_reader_bytes()).map_batches(
         Classifier,
         batch_size=None,
         batch_format="pyarrow",
@@ -135,11 +115,37 @@ def _predictions(
             "output": output,
             "threads": max(1, int(options.cpus_per_actor)),
             "batch_size": options.batch_size,
+            "use_gpu": options.use_gpu,
         },
     )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with own_errors():
         yield from done.iter_rows()
+
+
+def _reader_bytes() -> float:
+    """`READER_BYTES`, or of small hosts what lets the largest run two readers."""
+    return min(READER_BYTES, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) // 2)
+
+
+def _needs(options: PredictOptions) -> str:
+    return f"{options.cpus_per_actor:g} CPU{' and a GPU' if options.use_gpu else ''}"
+
+
+def _check_room(options: PredictOptions) -> None:
+    """Checks that a node of the cluster has what a process needs, for which Ray would wait without end.
+
+    Raises:
+        ValueError: if none has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(n.get("CPU", 0) >= options.cpus_per_actor and n.get("GPU", 0) >= options.use_gpu for n in nodes):
+        largest = max((n.get("CPU", 0) for n in nodes), default=0)
+        gpus = sum(n.get("GPU", 0) for n in nodes)
+        raise ValueError(
+            f"cpus_per_actor = {options.cpus_per_actor:g}, use_gpu = {options.use_gpu}: no node has {_needs(options)}, "
+            f"the largest has {largest:g} CPUs, and the cluster {gpus:g} GPUs: ask for less"
+        )
 
 
 def _job(options: PredictOptions, model: RegisteredModel, source: ImageInput) -> dict[str, Any]:
@@ -173,7 +179,15 @@ def _claim(output: Storage, job: dict[str, Any]) -> None:
             )
         output.write_json(JOB_FILE, job)
         return
-    before = output.read_json(JOB_FILE)
+    try:
+        before = output.read_json(JOB_FILE)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or before.keys() != job.keys():
+        raise ValueError(f"output = {output.uri!r}: {JOB_FILE} is not of this command: give another folder")
+    if not any(name.startswith(PART_PREFIX) for name in output.list("")):
+        output.write_json(JOB_FILE, job)  # the job before this one has left no results
+        return
     if different := [name for name in job if job[name] != before[name]]:
         name = different[0]
         raise ValueError(
@@ -195,10 +209,27 @@ class _JobProgress:
         self._todo = sum(part.num_rows for part in todo)
         done = len(source.parts) - len(todo)
         before = f", {done} of them done before" if done else ""
-        self._console.print(f"{source.num_rows:,} images ({source.kind}) in {len(source.parts)} parts{before}")
+        parts = "1 part" if len(source.parts) == 1 else f"{len(source.parts)} parts"
+        self._console.print(f"{source.num_rows:,} images ({source.kind}) in {parts}{before}")
+        if source.left_out:
+            reasons = "; ".join(f"{count:,}: {reason}" for reason, count in source.left_out.items())
+            self._console.print(escape(f"{sum(source.left_out.values()):,} files left out: {reasons}"))
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Within the block, says once that the job waits for `what` if no part is finished after `WAIT_SECONDS`."""
+        line = f"has waited {WAIT_SECONDS:.0f} s for the first part: {what} has to start and to load the model"
+        self._wait = threading.Timer(WAIT_SECONDS, self._console.print, [line])
+        self._wait.daemon = True
+        self._wait.start()
+        try:
+            yield
+        finally:
+            self._wait.cancel()
 
     def add(self, part: dict[str, Any]) -> None:
         """Counts a finished part, from the row that `Classifier` returns."""
+        self._wait.cancel()
         self._rows += part["rows"]
         self._errors += part["errors"]
         self._began, self._ended = min(self._began, part["began"]), max(self._ended, part["ended"])

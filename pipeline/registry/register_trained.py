@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from perceiver.config import PerceiverConfig
+from pipeline.masking import mask
 from pipeline.registry.config import PromotionConfig
 from pipeline.registry.export import export
 from pipeline.registry.model_card import ModelCard
@@ -78,7 +79,7 @@ def register_trained(
         run_identity: Unique id of the run; the same when the run is restarted.
 
     Returns:
-        The result of `versions.register`, with `run_id`, `tracking_uri` and `experiment`.
+        The result of `versions.register`, with `run_id`, `tracking_uri` without its login and `experiment`.
 
     Raises:
         TrackingUnavailable: If the tracking store has not answered for `PATIENCE_SECONDS`.
@@ -128,7 +129,7 @@ def _register(
         },
         description=card.summary(),
     )
-    place = {"tracking_uri": destination.tracking_uri, "experiment": destination.experiment}
+    place = {"tracking_uri": mask(destination.tracking_uri), "experiment": destination.experiment}
     return registered | {"run_id": run_id} | place
 
 

@@ -10,7 +10,9 @@ register at the same time agree on the champion without a lock, which a tracking
 A pipeline that sets the alias from an outdated view therefore sees the change afterwards, and corrects the alias.
 """
 
+import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +32,7 @@ CHALLENGER = "challenger"
 ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.keras", "README.md"
 # Tags of a version.
 STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
+EVIDENCE = "promotion.evidence"  # says what is wrong with the evidence of a version
 TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
 OPEN = "open"  # state of a version that is not decided yet
 # Each turn but the last follows a change by another pipeline, and so many do not register at once.
@@ -68,7 +71,8 @@ def register(
     """
     registry = _Registry(tracker, name, champion)
     model = registry.find_or_create_model(identity, run_id)
-    if model.status != LoggedModelStatus.READY:
+    # The files of a model that was registered before may be gone since.
+    if model.status != LoggedModelStatus.READY or not has_file(model.artifact_location, "MLmodel", tracker.uri):
         registry.upload(model, run_id, export, evidence)
     version = registry.find_or_create_version(
         model,
@@ -182,7 +186,7 @@ class _Registry:
             base = holder if holder is not None and holder < since else _number(tags[INCUMBENT])
             wanted = {key for key in versions if key >= since} | ({base} if base in versions else set())
             for key in wanted - candidates.keys():
-                candidates[key] = _read_candidate(versions[key], self._tracker.uri)
+                candidates[key] = self._candidate(versions[key])
             contenders = [c for key in wanted - {base} if (c := candidates[key]) is not None]
             incumbent = (candidates[base] or base) if base in versions else None
             decision = decide(incumbent, contenders, config)
@@ -200,6 +204,14 @@ class _Registry:
         self._close(number, state, decision.reasons[number])
         return state, decision.reasons[number]
 
+    def _candidate(self, version: ModelVersion) -> Candidate | None:
+        """A version with its evidence; one whose evidence is gone has none, and gets a tag that says so."""
+        try:
+            return _read_candidate(version, self._tracker.uri)
+        except _NoEvidence as error:
+            self._client.set_model_version_tag(self._name, version.version, EVIDENCE, str(error))
+            return None
+
     def _close(self, version: int, state: str, reason: str) -> None:
         """Stores the decision. The state is set last: from then on the version counts as decided."""
         self._client.set_model_version_tag(self._name, str(version), REASON, reason)
@@ -213,6 +225,13 @@ class _Registry:
         return _number(self._client.get_registered_model(self._name).aliases.get(alias))
 
 
+def has_file(artifacts: str, file: str, tracking_uri: str) -> bool:
+    """Whether there is the file `file` in the artifacts at the URI `artifacts`."""
+    folder, _, name = f"{artifacts}/{file}".rpartition("/")
+    found = mlflow.artifacts.list_artifacts(artifact_uri=folder, tracking_uri=tracking_uri)
+    return any(entry.path.rpartition("/")[2] == name for entry in found)
+
+
 def _evidence_tags(evidence: Evidence) -> dict[str, str]:
     return {
         TEST_DIGEST: evidence.test_digest,
@@ -221,22 +240,37 @@ def _evidence_tags(evidence: Evidence) -> dict[str, str]:
     }
 
 
+class _NoEvidence(Exception):
+    """The test predictions of a version are gone or cannot be read."""
+
+
 def _read_candidate(version: ModelVersion, tracking_uri: str) -> Candidate | None:
-    """A version with its evidence; None if it has none, because it was not registered by this module."""
+    """A version with its evidence; None if it has none, because it was not registered by this module.
+
+    Raises:
+        _NoEvidence: If it had some, and its file is gone or damaged.
+    """
     if TEST_DIGEST not in version.tags or SINCE not in version.tags:
         return None
+    if not has_file(str(version.source), ROWS_FILE, tracking_uri):
+        raise _NoEvidence(f"{ROWS_FILE} is gone")
     with TemporaryDirectory() as folder:
         path = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{version.source}/{ROWS_FILE}", dst_path=folder, tracking_uri=tracking_uri
         )
-        with np.load(path) as rows:
-            evidence = Evidence(
-                test_digest=version.tags[TEST_DIGEST],
-                row_ids=rows["row_ids"],
-                hits=rows["hits"],
-                calibration_error=float(version.tags[CALIBRATION_ERROR]),
-                latency_ms=float(version.tags[LATENCY]),
-            )
+        try:
+            # From memory, since NumPy leaves a file open whose zip is damaged.
+            with np.load(io.BytesIO(Path(path).read_bytes())) as rows:
+                row_ids, hits = rows["row_ids"], rows["hits"]
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise _NoEvidence(f"{ROWS_FILE} cannot be read: {error}") from error
+    evidence = Evidence(
+        test_digest=version.tags[TEST_DIGEST],
+        row_ids=row_ids,
+        hits=hits,
+        calibration_error=float(version.tags[CALIBRATION_ERROR]),
+        latency_ms=float(version.tags[LATENCY]),
+    )
     return Candidate(int(version.version), evidence)
 
 

@@ -75,9 +75,19 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
     config.search_space()
     check_archive(config.data, source_of(config.data))
-    if options.summary_json and not os.path.isdir(folder := os.path.dirname(os.path.abspath(options.summary_json))):
-        raise ValueError(f"summary-json = {options.summary_json!r}: there is no folder {folder}: make it")
+    if options.summary_json:
+        _check_writable(options.summary_json)
     return preset, replace(options, config=config)
+
+
+def _check_writable(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ValueError(f"summary-json = {path!r}: there is no folder {folder}: make it")
+    if os.path.isdir(path):
+        raise ValueError(f"summary-json = {path!r} is a folder: give the path of a file")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ValueError(f"summary-json = {path!r} cannot be written: give another path")
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,8 @@ def _find_images(args: Sequence[str], default: PipelineConfig) -> DatasetConfig:
         add_help=False,
         return_unknown_args=True,
     )
-    return find_images(_with_absolute_path(options.data), default.storage)
+    # A dry run writes nothing.
+    return find_images(_with_absolute_path(options.data), default.storage, keep_survey="--dry-run" not in args)
 
 
 def _with_absolute_path(data: DatasetConfig) -> DatasetConfig:

@@ -11,6 +11,7 @@ from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import source_of
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.fields import ADDED_LATER
+from pipeline.masking import mask, masked
 from pipeline.registry.config import PromotionConfig
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.config import TrainingConfig
@@ -65,9 +66,21 @@ class PipelineConfig:
             raise ValueError(
                 f"train.initial_model = {self.train.initial_model} has a shape of its own: give --search.num-trials 0"
             )
-        if "://" in self.storage and not self.storage.startswith("file://") and self.tracking.uri is None:
+        uri, storage = self.tracking.uri, mask(repr(self.storage))
+        if "://" in self.storage and not self.storage.startswith("file://"):
+            if uri is None:
+                raise ValueError(
+                    f"storage = {storage} is no local folder, so the runs need a server: give --tracking.uri"
+                )
+            if not uri.startswith(("http://", "https://", "databricks", "sqlite:///")):
+                raise ValueError(
+                    f"tracking.uri = {mask(uri)}: a database keeps no artifacts, and storage = {storage} is no local "
+                    "folder: start `mlflow server` with this database, and give its address"
+                )
+        elif found := sorted(set("%?#") & set(self.storage)):
             raise ValueError(
-                f"storage = {self.storage!r} is no local folder, so the runs need a server: give --tracking.uri"
+                f"storage = {storage} has {' and '.join(found)}, which MLflow reads as parts of a URI: give a "
+                "path without"
             )
 
     @property
@@ -111,19 +124,26 @@ class PipelineConfig:
 
     @property
     def artifact_location(self) -> str | None:
-        """Folder of MLflow's artifacts beside an SQLite store; None where the server decides."""
+        """Folder of MLflow's artifacts: beside an SQLite store, below the storage of runs that are recorded in another
+        database; None where a server decides.
+        """
         scheme, _, file = self.tracking_uri.partition(":///")
-        return f"{os.path.dirname(os.path.abspath(file))}/mlartifacts" if scheme == "sqlite" else None
+        if scheme == "sqlite":
+            return f"{os.path.dirname(os.path.abspath(file))}/mlartifacts"
+        if self.tracking_uri.startswith(("http://", "https://", "databricks")):
+            return None
+        # Without a folder MLflow takes ./mlruns of whoever calls it, on each host another one.
+        return f"{os.path.abspath(self.storage.removeprefix('file://'))}/mlartifacts"
 
 
 def flatten(config: PipelineConfig) -> dict[str, Any]:
-    """`{"train.learning_rate": 0.002, ...}`."""
+    """`{"train.learning_rate": 0.002, ...}`, for people and records: passwords and keys in URIs are masked."""
     flat: dict[str, Any] = {}
     for name, section in asdict(config).items():
         flat |= (
             {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {name: section}
         )
-    return flat
+    return masked(flat)
 
 
 def trained_configs(

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 from pipeline.fields import require
 
-TRACKING_STORES = ("http://", "https://", "databricks", "sqlite:///", "postgresql", "mysql", "mssql")
+TRACKING_STORES = re.compile(r"https?://.+|databricks(-uc)?(://.+)?|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+")
+# MLflow looks names up by filters in which they stand in single quotes, and other letters end the filter.
+_NAME = re.compile(r"\w[^/:'\"`\\\x00-\x1f]*")
+LONGEST_NAME = 250
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,19 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         remedy = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
-        require(self.uri is None or self.uri.startswith(TRACKING_STORES), "tracking.uri", self.uri, remedy)
+        usable = self.uri is None or TRACKING_STORES.fullmatch(self.uri) is not None
+        require(usable, "tracking.uri", self.uri, remedy)
         # MLflow would refuse these names too, but only after training, when the model is registered.
         require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "give a name")
-        remedy = "give a name that starts with a letter or digit, without / and :"
-        require(bool(re.fullmatch(r"\w[^/:]*", self.model_name)), "tracking.model_name", self.model_name, remedy)
+        require(len(self.experiment) <= LONGEST_NAME, "tracking.experiment", self.experiment, "give a shorter name")
+        remedy = (
+            f"give a name of at most {LONGEST_NAME} characters that starts with a letter or digit, without / and : and "
+            "without quotes"
+        )
+        usable = _NAME.fullmatch(self.model_name) is not None and len(self.model_name) <= LONGEST_NAME
+        require(usable, "tracking.model_name", self.model_name, remedy)
         remedy = "give a name of letters, digits, _ and - that is neither `latest` nor like a version, e.g. v1"
-        named = re.fullmatch(r"(?!latest$|v[0-9]+$)[\w-]+", self.alias, re.IGNORECASE)
+        named = re.fullmatch(r"(?!latest$|v[0-9]+$)[\w-]{1,250}", self.alias, re.IGNORECASE | re.ASCII)
         require(bool(named), "tracking.alias", self.alias, remedy)
         require(
             self.alias != "challenger",

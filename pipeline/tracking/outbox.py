@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.masking import mask
 from pipeline.storage import Storage
 
 FOLDER, REFUSED = "tracking", "refused"
@@ -147,7 +148,7 @@ class Unsent:
             parts.append(f"{self.unwritten} of them could not be written there and are lost")
         if self.refused:
             parts.append(f"the tracking server refused {self.refused} records; they lie in {self.path}/{REFUSED}")
-        return f"{'; '.join(parts)} ({self.reason})"
+        return mask(f"{'; '.join(parts)} ({self.reason})")
 
 
 def has_waiting(storage: Storage, identity: str) -> bool:

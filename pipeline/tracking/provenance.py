@@ -7,7 +7,6 @@ the commit, without which a run from a modified checkout cannot be repeated.
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -17,9 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.masking import mask, masked
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("keras", "tensorflow", "ray", "mlflow", "numpy", "pyarrow", "optuna")
 LONGEST_DIFF = 1_000_000
+# Files that have settings of a place, and perhaps its secrets: what was changed in them is nobody else's business.
+PRIVATE = ("ray_cluster*.yaml", "clusters/*.yaml", "**/.env", "**/.env.*")
 JOULES_PER_KWH = 3.6e6
 
 
@@ -43,23 +46,25 @@ def collect_provenance(root: Path = ROOT) -> Provenance:
     tags |= {
         "version.python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": str(os.cpu_count()),
         "memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
         "gpus": ", ".join(_gpus()) or "none",
-        # A URL may contain a password.
-        "command": re.sub(r"://[^/@\s]+@", "://***@", shlex.join(sys.argv)),
+        "command": shlex.join(map(mask, sys.argv)),
     }
     texts = {"command.txt": f"{tags['command']}\n", "packages.txt": _packages()}
     if (root / ".git").exists():
         with suppress(OSError, subprocess.CalledProcessError):  # no git, or no commit yet
             tags["mlflow.source.git.commit"] = _git(root, "rev-parse", "HEAD").strip()
-            changes = _git(root, "diff", "HEAD")
+            exclude, include = ([f":({kind}glob){pattern}" for pattern in PRIVATE] for kind in ("exclude,", ""))
+            changes = _git(root, "diff", "HEAD", "--", ".", *exclude)
+            private = _git(root, "diff", "--name-only", "HEAD", "--", *include).splitlines()
+            changes += "".join(f"Changed, and not shown: {name}\n" for name in private)
             untracked = _git(root, "ls-files", "--others", "--exclude-standard").split("\n")[:-1]
             tags["mlflow.source.git.dirty"] = str(bool(changes or untracked)).lower()
             if changes or untracked:
                 texts["changes.diff"] = _changes(changes, untracked)
-    return Provenance(tags, texts)
+    return Provenance(masked(tags), masked(texts))
 
 
 def _changes(diff: str, untracked: Sequence[str]) -> str:
@@ -80,7 +85,8 @@ def _packages() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name of the processor as the kernel has it, or else of its architecture."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,29 +1,96 @@
-"""Checks that an MLflow server answers, without importing MLflow: the driver checks before it loads anything heavy."""
+"""Checks that a tracking store answers, without importing MLflow: the driver checks before it loads anything heavy."""
 
+import base64
 import http.client
+import os
+import socket
+import ssl
 import urllib.error
 import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 ANSWER_SECONDS = 1.5
+REMEDY = "start one (`mlflow server`), or leave the option out to record in the storage folder"
 
 
 def check_server(tracking_uri: str) -> None:
-    """Sends one request to a tracking server; does nothing for a database URI.
+    """Sends one request to a tracking server, or opens one connection to a database.
 
     MLflow's own client would retry an absent server for minutes.
 
     Raises:
-        ValueError: If no MLflow server answers within `ANSWER_SECONDS`.
+        ValueError: If no MLflow server answers within `ANSWER_SECONDS`, if it refuses the login of the URI, or if the
+            database or its driver is not there.
     """
     if not tracking_uri.startswith(("http://", "https://")):
+        if "://" in tracking_uri:
+            _check_database(tracking_uri)
         return
-    url = f"{tracking_uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
     try:
-        urllib.request.urlopen(url, timeout=ANSWER_SECONDS).close()
+        request, has_login = _request(tracking_uri)
+        urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=_tls()).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
-            return  # it asks for a login, which MLflow's client has
+            if not has_login:
+                return  # it asks for a login, which MLflow's client may have from elsewhere
+            raise ValueError(
+                f"tracking.uri = {tracking_uri}: the server refuses the login ({error}): give another one, or set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
+        raise ValueError(f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): {REMEDY}") from error
+
+
+def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:
+    """A request for one experiment, with the login of the URI as a header; and whether there is one."""
+    parts = urlsplit(tracking_uri)
+    login, _, host = parts.netloc.rpartition("@")
+    url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    request = urllib.request.Request(url)
+    if login:
+        user, _, password = login.partition(":")
+        encoded = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
+        request.add_header("Authorization", f"Basic {encoded}")
+    return request, bool(login)
+
+
+def _tls() -> ssl.SSLContext:
+    """The certificates that MLflow's client accepts."""
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        return ssl._create_unverified_context()
+    names = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    path = next((value for name in names if (value := os.environ.get(name))), None)
+    if path is None:
+        return ssl.create_default_context()
+    return ssl.create_default_context(capath=path) if Path(path).is_dir() else ssl.create_default_context(cafile=path)
+
+
+def _check_database(uri: str) -> None:
+    # A driver of a server's database; loaded here, because most runs need none.
+    import sqlalchemy
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+    try:
+        url = sqlalchemy.make_url(uri)
+        dialect = url.get_dialect()
+        dialect.import_dbapi()
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise ValueError(f"tracking.uri = {uri}: is no URI of a database that SQLAlchemy knows: {error}") from error
+    except ImportError as error:
         raise ValueError(
-            f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): start one (`mlflow server`), or leave "
-            "the option out to record in the storage folder"
+            f"tracking.uri = {uri}: the driver of the database is not installed ({error}): install it with pip "
+            "(psycopg2-binary for postgresql://, mysqlclient for mysql://, pyodbc for mssql://) on all hosts, or name "
+            "another one, such as postgresql+psycopg2://"
+        ) from error
+    if dialect.name == "sqlite":
+        return
+    try:
+        if url.host and url.port:  # drivers wait for minutes
+            socket.create_connection((url.host, url.port), ANSWER_SECONDS).close()
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+        engine.connect().close()
+    except (OSError, SQLAlchemyError) as error:
+        why = str(getattr(error, "orig", None) or error).strip()
+        raise ValueError(
+            f"tracking.uri = {uri}: the database does not answer ({why}): start it, or mend the URI"
         ) from error

@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints two lines for every run that ends
 }
+# Without it, `mlflow ui` opens the experiment in its view of generative AI.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 RETRY_SECONDS = 2.0
 # Error codes of MLflow that the same call will always get.
 REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
@@ -41,6 +43,11 @@ def open_client(uri: str | None) -> MlflowClient:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def has_database(uri: str) -> bool:
+    """Whether the SQLite file of `uri` exists; True for any other store, whose server is to be asked."""
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists()
 
 
 class TrackingUnavailable(RuntimeError):
@@ -106,7 +113,7 @@ class Tracker:
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
                 try:
-                    self.client.create_experiment(experiment, artifact_location)
+                    self.client.create_experiment(experiment, artifact_location, tags=EXPERIMENT_TAGS)
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has just created it
                         raise
@@ -117,6 +124,9 @@ class Tracker:
                 f"tracking.experiment = {experiment!r} was deleted from {uri}; choose another name or run "
                 f"`mlflow experiments restore -x {found.experiment_id}`"
             )
+        for name, value in EXPERIMENT_TAGS.items():
+            if name not in found.tags:  # it was made elsewhere, or by an earlier version
+                self.client.set_experiment_tag(found.experiment_id, name, value)
         self.experiment_id: str = found.experiment_id
         self._steps: dict[tuple[str, str], set[int]] = {}
 

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from pipeline.masking import mask
 from pipeline.storage import Storage, sha256_of_file
 
 COMMIT_FILE = "commit.json"
@@ -89,7 +90,8 @@ class CheckpointStore:
         for name in reversed(self._names()):
             if self.restore(name, target):
                 return name
-            logger.warning("the checkpoint %s is damaged: it is skipped", self._storage.absolute(self.path(name)))
+            where = mask(self._storage.absolute(self.path(name)))
+            logger.warning("the checkpoint %s is damaged: it is skipped", where)
             self._remove(name)
         return None
 

@@ -5,10 +5,13 @@ It does not depend on Ray. A `Worker` says how it reports, from which checkpoint
 
 import math
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import h5py
 import keras
 import tensorflow as tf
 
@@ -18,6 +21,7 @@ from perceiver.model import Perceiver
 from pipeline import multiworker
 from pipeline.data.rows import Rows, RowSource
 from pipeline.data.streamed_rows import StreamedRows
+from pipeline.devices import multiply_on_gpu
 from pipeline.training import checkpoint
 from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint import TrainingState
@@ -36,6 +40,8 @@ from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
 from pipeline.training.worker import InitialModelError, Worker
 
 MODEL_FILE = "model.keras"
+_OTHER_BYTES = 1 << 20
+"""Of variables in a `.keras` file that belong to no weight, such as counters."""
 
 
 def fit(
@@ -67,12 +73,15 @@ def fit(
         NotFinite: if the loss is NaN or infinite; names epoch and step.
         InitialModelError: if the initial weights are those of another model.
         CheckpointError: if a checkpoint could not be written; names the path.
+        GpuError: if the GPU that `config` asks for does not compute.
         ValueError: if the checkpoint belongs to another order of rows.
     """
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
     strategy = _strategy(config, worker)
     stop = multiworker.StopSignal()  # after the strategy, which must come before all of TensorFlow's operations
+    if config.use_gpu:
+        multiply_on_gpu("train.use_gpu")
     worker.on_stop(stop.request)
     steps = steps_per_epoch(len(train), config.global_batch_size)
     with strategy.scope():
@@ -85,7 +94,7 @@ def fit(
             jit_compile=config.jit_compile,
         )
         if worker.initial_model and not worker.resume_from:
-            _set_initial_weights(model, worker.initial_model, config)
+            _set_initial_weights(model, model_config, worker.initial_model, config)
         order = [config.seed, config.global_batch_size, len(train)]
         progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else TrainingState(order=order)
     if progress.order != order:
@@ -159,15 +168,36 @@ def _class_weights(config: TrainingConfig, class_counts: Sequence[int] | None) -
     return balanced_weights(class_counts)
 
 
-def _set_initial_weights(model: Perceiver, file: Path, config: TrainingConfig) -> None:
-    initial = keras.saving.load_model(file, compile=False)
-    if [tuple(w.shape) for w in initial.weights] != [tuple(w.shape) for w in model.weights]:
+def _set_initial_weights(model: Perceiver, model_config: PerceiverConfig, file: Path, config: TrainingConfig) -> None:
+    # The weights alone: to load the model would build whatever the file describes, of any size.
+    initial = Perceiver(**asdict(model_config))
+    initial.build((None, *model_config.image_shape))
+    try:
+        # Four bytes a weight, and as many for up to three variables that an optimizer keeps for each.
+        _check_size(file, 16 * initial.count_params() + _OTHER_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Keras warns of weights that it does not find
+            initial.load_weights(file)
+    except Exception as error:  # h5py raises what it likes for a damaged file
         raise InitialModelError(
-            f"train.initial_model = {config.initial_model} is another model than the one to be trained, "
-            f"{initial.count_params():,} against {model.count_params():,} parameters: give the model settings with "
-            "which it was trained"
-        )
+            f"train.initial_model = {config.initial_model} is another model than the one to be trained, which has "
+            f"{initial.count_params():,} parameters, or damaged: give the model settings with which it was trained"
+        ) from error
     model.set_weights(initial.get_weights())
+
+
+def _check_size(file: Path, most: int) -> None:
+    """Refuses a `.keras` file whose variables, which may be compressed, have more than so many bytes."""
+    sizes: list[int] = []
+
+    def add(name: str, item: h5py.HLObject) -> None:
+        if isinstance(item, h5py.Dataset):
+            sizes.append(item.nbytes)
+
+    with zipfile.ZipFile(file) as archive, archive.open("model.weights.h5") as stream, h5py.File(stream) as weights:
+        weights.visititems(add)
+    if sum(sizes) > most:
+        raise ValueError(f"the variables have {sum(sizes):,} bytes, more than {most:,}")
 
 
 def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:

@@ -19,6 +19,19 @@ class InitialModelError(Exception):
 
 
 @dataclass(frozen=True)
+class WorkersStarted:
+    """All workers run; they look for each other next.
+
+    Attributes:
+        addresses: `host:port` of each.
+        open_ports: A warning if strangers can connect to these ports; else empty.
+    """
+
+    addresses: tuple[str, ...]
+    open_ports: str = ""
+
+
+@dataclass(frozen=True)
 class StepProgress:
     """The position within an epoch.
 

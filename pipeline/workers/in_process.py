@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
 from pipeline.data.streamed_rows import StreamedRows
+from pipeline.devices import require_gpu
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
 from pipeline.workflow.task import StoppedEarly
@@ -28,6 +29,7 @@ def train_in_process(
     Raises:
         StoppedEarly: after a stop request.
         TrainingError: if the loss became NaN or infinite, or the initial weights do not fit the model.
+        GpuError: if TensorFlow cannot compute on the GPU that `config` asks for.
         CorruptFileError, OSError: if a shard of streamed rows cannot be read.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -44,6 +46,8 @@ def train_in_process(
         tf.config.experimental.set_memory_growth(device, True)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+    if config.use_gpu:
+        require_gpu("train.use_gpu")
     try:
         fit(model, config, train, validation, worker, class_counts)
     except Interrupted as error:

@@ -23,6 +23,7 @@ from pipeline.data.rows import Rows
 from pipeline.data.shard_cache import CacheError
 from pipeline.data.shard_reader import ShardUnavailableError
 from pipeline.data.streamed_rows import StreamedRows
+from pipeline.devices import GpuError
 from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
 from pipeline.training.config import TrainingConfig
@@ -30,7 +31,7 @@ from pipeline.training.worker import EpochEnded, Worker
 from pipeline.workers import ray_internals
 from pipeline.workers.in_process import TrainingError, train_in_process
 from pipeline.workers.streaming import check_streams, streamed_rows, streamed_splits
-from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError
+from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError, guard_port
 from pipeline.workflow.channel import Channel
 from pipeline.workflow.task import StoppedEarly
 
@@ -101,7 +102,7 @@ def train(
             "storage": storage,
             "corrupt": corrupt,
         },
-        backend_config=TensorFlowConfig(),
+        backend_config=TensorFlowConfig(channel, config.use_gpu),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
@@ -193,6 +194,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     is_preempted = ray_internals.preemption_watch()
 
     def on_stop(request: Callable[[], None]) -> None:
+        check_port()  # `fit` calls this when the strategy exists, and before it trains
         channel.on_stop(request)
         threading.Thread(target=_wait_for_preemption, args=(is_preempted, request), daemon=True).start()
 
@@ -213,6 +215,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             storage, path = settings["initial_model"]
             storage.download(path, initial)
         _leave_out_the_rest(num_workers)
+        check_port = guard_port()
         error, preempted = None, False
         try:
             train_in_process(
@@ -285,6 +288,6 @@ def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
         )
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
-    named = (CheckpointError, WorkerError, ShardUnavailableError, CacheError)
+    named = (CheckpointError, GpuError, WorkerError, ShardUnavailableError, CacheError)
     explained = [str(cause) for cause in causes if isinstance(cause, named)]
     return explained[0] if explained else str(error)

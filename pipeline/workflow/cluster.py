@@ -1,10 +1,13 @@
 """Joins the Ray cluster that is running or starts one on this machine; checks that all nodes see the same storage."""
 
+import contextlib
 import os
 import re
 import socket
+import stat
 import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.storage import Storage
 
-ANSWER_SECONDS = 2.0
+ANSWER_SECONDS = 5.0
+HTTP2_SETTINGS = b"\x04"
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
+LONGEST_REASON = 400
+# Remedies for errors of `ray.init`, by words in them, all in lower case.
+REMEDIES = (
+    (
+        # Something answers, so that only the token can be wrong; Ray does not say so itself.
+        ("authenticat", "token", "unauthorized", "failed to connect to ray cluster"),
+        "give this user the cluster's token, in ~/.ray/auth_token or RAY_AUTH_TOKEN (`ray get-auth-token` on the head)",
+    ),
+    (("could not find any running",), "start one with `ray start --head`, or unset RAY_ADDRESS"),
+    (("version mismatch",), "install the same versions of Ray and Python as the cluster has"),
+    (("af_unix",), "set RAY_TMPDIR to a folder with a short path, such as /tmp"),
+    (("no space left",), "make room, or set RAY_TMPDIR to a folder with room"),
+    (("home directory", "getpwuid", "uid not found"), "set HOME to a folder of this user"),
+    (
+        ("permission denied", "not a directory", "file exists", "read-only"),
+        "set RAY_TMPDIR to a folder that this user may write, and HOME to one of this user",
+    ),
+)
 # Time for one process on every node to start and to read one file.
 STORAGE_SECONDS = 60.0
 
@@ -22,47 +45,100 @@ def join_or_start() -> bool:
     """Joins the Ray cluster that is running, or starts one on this machine; returns whether it has joined one.
 
     Raises:
-        ValueError: if nothing answers at `$RAY_ADDRESS`.
+        ValueError: if the cluster cannot be joined or started; says why, and the remedy.
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address := address_to_join():
-        ray.init(address=address, **options)
-    else:
-        cpus = len(os.sched_getaffinity(0))
-        # Without an address Ray would join any cluster that another program runs on this machine.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    address = address_to_join()
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            cpus = len(os.sched_getaffinity(0))
+            # Without an address Ray would join any cluster that another program runs on this machine.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            _hide_token(Path.home() / ".ray" / "auth_token")
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError, OSError, KeyError and errors of its own
+        what = f"the cluster at {address} cannot be joined" if address else "Ray cannot be started on this machine"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what}: {reason[:LONGEST_REASON]} ({type(error).__name__}): {_remedy(error)}") from error
     return address is not None
 
 
+def _hide_token(path: Path) -> None:
+    """Lets this user alone read Ray's token, which `ray.init` has written for all to read."""
+    with contextlib.suppress(OSError):  # there is none, or it belongs to another user
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(0o600)
+
+
+def _remedy(error: Exception) -> str:
+    """What a person can do about an error of `ray.init`, by the words that it has."""
+    text = f"{type(error).__name__} {error}".lower()
+    for words, remedy in REMEDIES:
+        if any(word in text for word in words):
+            return remedy
+    return "see `ray status` on the head, or unset RAY_ADDRESS to start a cluster on this machine"
+
+
 def address_to_join() -> str | None:
-    """Address of the cluster to join: `$RAY_ADDRESS`, or that of a `ray start` on this machine if it answers.
+    """Address of the cluster to join: `$RAY_ADDRESS`, or that of a `ray start` of this user or of root on this
+    machine if it answers.
 
     Raises:
-        ValueError: if nothing answers at `$RAY_ADDRESS`.
+        ValueError: if `$RAY_ADDRESS` is no address that a driver can join, or no cluster answers there.
     """
-    if address := os.environ.get("RAY_ADDRESS"):
-        if re.fullmatch(r"[^/]+:[0-9]+", address) and not _answers(address):
-            raise ValueError(f"RAY_ADDRESS = {address}: no cluster answers: start it, or unset RAY_ADDRESS")
-        return address
-    left = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    address = left.read_text().strip() if left.exists() else None
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "auto"):
+        return _started_here() or address or None
+    if address == "local":
+        return None
+    if not re.fullmatch(r"[^/]+:[0-9]+", address):
+        raise ValueError(
+            f"RAY_ADDRESS = {address}: a run is started on the cluster, where the address is HOST:PORT of the head: "
+            "take `ray submit` or `ray job submit`, or unset RAY_ADDRESS"
+        )
+    if not _answers(address):
+        raise ValueError(f"RAY_ADDRESS = {address}: no cluster answers: start it, or unset RAY_ADDRESS")
+    return address
+
+
+def _started_here() -> str | None:
+    """Address of the cluster that `ray start` of this user or of root has started on this machine, if it answers."""
+    address = _own_text(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster")
     return address if address and _answers(address) else None
 
 
+def _own_text(path: Path) -> str | None:
+    """The text of a file that this user or root has written; None of another: Ray lets all users write its folder."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors="replace") as file:
+            status = os.fstat(file.fileno())
+            is_own = stat.S_ISREG(status.st_mode) and status.st_uid in (os.getuid(), 0)
+            return file.read(1000).strip() if is_own else None
+    except OSError:
+        return None
+
+
 def _answers(address: str) -> bool:
-    """Whether a process listens at `host:port`; Ray itself would keep trying for minutes."""
+    """Whether a gRPC server answers at `host:port`; Ray itself would keep trying for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
+            connection.sendall(HTTP2_PREFACE)
+            # The first frame of an HTTP/2 server is its settings; the byte after the length of a frame is its type.
+            return connection.recv(9)[3:4] == HTTP2_SETTINGS
     except (OSError, ValueError):
         return False
-    return True
 
 
-def check_storage(storage: Storage) -> None:
+def check_storage(storage: Storage, say: Callable[[str], None] = lambda text: None) -> None:
     """Checks that every node of the cluster can read what this process has just written.
 
     A node that does not answer in time is skipped, since it may be leaving.
+
+    Args:
+        storage: Storage that every node must see.
+        say: Gets a line if some nodes have not answered after half of that time.
 
     Raises:
         ValueError: if a node cannot read it; names the node.
@@ -77,7 +153,11 @@ def check_storage(storage: Storage) -> None:
             ): address
             for node, address in nodes.items()
         }
-        answered, _ = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS)
+        answered, silent = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS / 2)
+        if silent:
+            names = ", ".join(on[answer] for answer in silent)
+            say(f"waits for the nodes {names} to read the storage, up to {STORAGE_SECONDS / 2:g} s more")
+            answered, _ = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS / 2)
         for answer in answered:
             try:
                 why = ray.get(answer)

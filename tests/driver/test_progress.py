@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pipeline.data import image_progress
+from pipeline.data.image_progress import ImageCounter
 from pipeline.driver import progress
 from pipeline.driver.progress import Progress
 from pipeline.driver.trial_table import duration
 from pipeline.settings.presets import quickstart
 from pipeline.tasks.events import Said, TrialChanged
-from pipeline.training.worker import EpochEnded, StepProgress
+from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 
 def step(epoch: int, number: int) -> StepProgress:
@@ -73,6 +75,23 @@ def test_a_log_gets_a_line_now_and_then_in_a_long_epoch(monkeypatch: pytest.Monk
         shown.reported(step(1, 4))
     (line,) = out.getvalue().splitlines()
     assert "epoch 1/30, step 3/20, 452 images/s, loss 2.3457, accuracy 0.4321, 0:" in line
+
+
+def test_the_images_of_a_task_are_counted_with_their_bytes_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(image_progress, "_SECONDS", 0.1)
+    shown, out = plain()
+    with shown:
+        counter = ImageCounter("ingest", "decoded", 4000, 3072, shown.reported)
+        counter.add(500)  # too early for a line
+        time.sleep(0.2)
+        counter.add(500)
+    (line,) = out.getvalue().splitlines()
+    found = re.search(
+        r"ingest +1,000 of 4,000 images decoded, 3 of 12 MB of pixels, ([\d,]+) images/s, 0:0\d left", line
+    )
+    assert found is not None, line
+    assert 1000 < int(found[1].replace(",", "")) <= 5000
 
 
 def test_a_terminal_gets_a_live_line_below_the_others() -> None:
@@ -157,3 +176,33 @@ def test_a_terminal_gets_a_table_of_the_trials() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (754, "12:34"), (4000, "1:06:40")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_task_that_does_not_begin_says_for_what_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WAIT_SECONDS", 0.05)
+    shown, out = plain()
+    with shown:
+        for task in ("ingest", "search", "train"):
+            shown.started(task)
+        time.sleep(0.3)
+        shown.reported(WorkersStarted(("a:1", "b:2"), "TensorFlow's port is open"))
+        time.sleep(0.3)
+    text = out.getvalue()
+    assert "train      has waited 0 s for 2 workers with 1 CPU each to start" in text
+    assert "search     has waited 0 s for the first trial to start, which takes 1 CPU" in text
+    assert "train      has waited 0 s for the workers at a:1, b:2 to find each other and to take their first" in text
+    assert text.count("has waited") == 3
+    assert "train      warning: TensorFlow's port is open" in text
+
+
+def test_a_task_that_has_begun_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WAIT_SECONDS", 0.2)
+    shown, out = plain()
+    with shown:
+        shown.started("train")
+        shown.reported(WorkersStarted(("a:1", "b:2")))
+        shown.reported(step(1, 1))
+        shown.started("search")
+        shown.done("search", {"seconds": 0.1})
+        time.sleep(0.4)
+    assert "has waited" not in out.getvalue()

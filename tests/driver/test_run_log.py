@@ -30,7 +30,7 @@ def test_epochs_are_recorded_and_steps_are_not(tmp_path: Path) -> None:
 def test_what_a_dead_server_would_get_waits_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "FLUSH_SECONDS_OF_A_STOP", run_log.QUIET_SECONDS)
     config = replace(quickstart(), storage=str(tmp_path))
-    config = replace(config, tracking=replace(config.tracking, uri="http://127.0.0.1:9"))
+    config = replace(config, tracking=replace(config.tracking, uri="http://user:hunter2hunter2@127.0.0.1:9"))
     log = RunLog(config, "identity", "quickstart")
     log.started("train")
     history = [{"epoch": 1, "loss": 2.0, "seconds": 36.0, "num_workers": 2, "images_per_second": 100.0}]
@@ -45,6 +45,8 @@ def test_what_a_dead_server_would_get_waits_on_disk(tmp_path: Path, monkeypatch:
     assert "lie in" in str(log.unsent)
     entries = [json.loads(file.read_text()) for file in sorted((tmp_path / "tracking" / "identity").glob("*.json"))]
     assert len(entries) == log.unsent.waiting
+    assert "http://***@127.0.0.1:9" in json.dumps(entries), "the settings are recorded"
+    assert "hunter2" not in json.dumps(entries) + str(log.unsent)
     assert [entry["run"] for entry in entries if entry["status"]] == ["train", "evaluate", ""]
     assert [entry["status"] for entry in entries if entry["status"]] == ["FINISHED", "KILLED", "KILLED"]
     (cost,) = (entry["metrics"]["core_hours"] for entry in entries if "core_hours" in entry["metrics"])

@@ -65,7 +65,10 @@ def test_a_dry_run_knows_what_would_be_run(tmp_path: Path) -> None:
     config = parse(["quickstart"])[1].config
     keys = Run(TASKS, config, Storage(config.storage)).keys
     for task in ("ingest", "preprocess", "search"):
-        storage.write_json(f"tasks/{task}/{keys[task]}/manifest.json", {"output": {}})
+        storage.write_json(
+            f"tasks/{task}/{keys[task]}/manifest.json",
+            {"task": task, "attempt": "attempt-1", "inputs": {}, "output": {}},
+        )
     names = [task.name for task in TASKS]
     expected = dict.fromkeys(names[: names.index("train") + 1], "to do")
     expected |= dict.fromkeys(("ingest", "preprocess", "search"), "done")
@@ -109,7 +112,7 @@ def test_the_keys_of_the_summary(manifests: dict[str, Manifest]) -> None:
     assert summary["mlflow"] == runs
     assert summary["search"] == {"num_trials": 2, "best": {"num_latents": 8, "learning_rate": 0.001}}
     assert summary["dataset"] == {"digest": "d" * 64}
-    assert summary["report"] == "/runs/tasks/report/k/attempt/report.html"
+    assert summary["report"] == "/runs/report.html"
     assert summary["train"].keys() >= {"images_per_second", "epochs", "num_workers", "parameters"}
     # The parameters of the model that the search chose, not of the preset.
     other = parse(["quickstart", "--model.num-latents", "8"])[1].config.model

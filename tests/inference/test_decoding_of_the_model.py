@@ -10,7 +10,8 @@ from image_models import IMAGE_SHAPE, save_model
 from PIL import ExifTags, Image
 from rich.console import Console
 
-from pipeline.inference.job import PredictOptions, predict
+from pipeline.inference.config import PredictOptions
+from pipeline.inference.job import predict
 from pipeline.registry.fetch import RegisteredModel
 
 
@@ -30,9 +31,15 @@ def write_copies(folder: Path) -> dict[str, str]:
     Image.fromarray(np.dstack([colored, np.full(IMAGE_SHAPE[:2], 255, np.uint8)])).save(folder / "opaque.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
     Image.fromarray(wide).save(folder / "wide.png")
-    return {
+    Image.fromarray(grey.astype(np.float32)).save(folder / "float.tif")
+    Image.fromarray(grey.astype(np.int32)).save(folder / "int32.tif")
+    half = np.dstack([np.zeros_like(colored), np.full(IMAGE_SHAPE[:2], 127, np.uint8)])
+    Image.fromarray(half).save(folder / "half.png")
+    Image.fromarray(np.full(IMAGE_SHAPE, 128, np.uint8)).save(folder / "over white.png")
+    copies = {
         name: "grey.png" if name == "deep.png" else "colored.png" for name in ("turned.png", "opaque.png", "deep.png")
     }
+    return copies | {"half.png": "over white.png"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -52,5 +59,7 @@ def test_copies_in_other_files_get_the_same_class(tmp_path: Path) -> None:
         errors[kind] = dict(zip(names, table["error"].to_pylist(), strict=True))
         for copy, name in copy_of.items():
             assert found[kind][copy] == found[kind][name]
+        for name in ("float.tif", "int32.tif"):
+            assert "for which no range of levels is defined: convert it to 8 or 16 bits" in errors[kind][name]
     assert errors["before"]["wide.png"] == "is of 16 x 8 pixels, the model takes 6 x 8: give --resize"
     assert found["cropped"]["wide.png"] == found["cropped"]["colored.png"], "as in its training"

@@ -9,13 +9,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_models import IMAGE_SHAPE, LABEL_NAMES, expected_probabilities, register_model, save_model
 from PIL import Image
 from rich.console import Console
 
-from pipeline.inference.job import PredictOptions, predict
+from pipeline import predict as command
+from pipeline.inference.config import PredictOptions
+from pipeline.inference.job import predict
 from pipeline.registry.fetch import fetch, registered_uris, resolve
 from pipeline.storage import Storage
 
@@ -90,6 +93,9 @@ def test_a_folder_of_images_by_the_registered_model(
     assert predict(options, silent())["new_rows"] == 0
     assert {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")} == before
 
+    greedy = PredictOptions(**vars(options) | {"output": str(tmp_path / "greedy"), "cpus_per_actor": 99.0})
+    with pytest.raises(ValueError, match=r"no node has 99 CPU, the largest has 2 CPUs.*ask for less"):
+        predict(greedy, silent())
     other = PredictOptions(**vars(options) | {"batch_size": 8})
     with pytest.raises(ValueError, match=r"results of another settings.*give another folder"):
         predict(other, silent())
@@ -102,6 +108,36 @@ def test_a_folder_of_images_by_the_registered_model(
         predict(PredictOptions(**vars(options) | {"output": str(tmp_path / "full")}), silent())
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_all_of_whose_images_fail_has_failed(
+    model_folder: tuple[Path, list[np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_images(tmp_path / "images", 3, (0, 1, 2))
+    paths = [str(path) for path in (model_folder[0], tmp_path / "images", tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["predict", *paths, "--num-actors", "1"])
+    assert command.run() == 1
+    output = capfd.readouterr()
+    assert "3 images done, 3 of them could not be read" in output.out
+    assert output.err == "error: none of the images could be classified; the column `error` of the results says why\n"
+
+
+def test_a_job_that_is_refused_leaves_its_output_as_it_was(
+    model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path
+) -> None:
+    images, output = tmp_path / "a.parquet", tmp_path / "out"
+    pq.write_table(pa.table({"image": [[[1, 2], [3, 4]]]}), images)
+    with pytest.raises(ValueError, match=rf"{images}: images are list<.*, not uint8 tensors or binary"):
+        predict(PredictOptions(str(model_folder[0]), str(images), str(output)), silent())
+    assert not output.exists()
+    output.touch()
+    np.savez(tmp_path / "a.npz", images=np.zeros((1, *IMAGE_SHAPE), np.uint8))
+    with pytest.raises(ValueError, match=rf"output = '{output}' cannot be read and written"):
+        predict(PredictOptions(str(model_folder[0]), str(tmp_path / "a.npz"), str(output)), silent())
+
+
 def test_the_uri_of_a_model(model_folder: tuple[Path, list[np.ndarray]], registry: str, tmp_path: Path) -> None:
     folder, tracking_uri = model_folder[0], registry
     for uri in ("models:/tiny@champion", "models:/tiny", "models:/tiny/1"):
@@ -112,7 +148,7 @@ def test_the_uri_of_a_model(model_folder: tuple[Path, list[np.ndarray]], registr
     assert (model.uri, model.image_shape, model.label_names) == ("models:/tiny/1", IMAGE_SHAPE, tuple(LABEL_NAMES))
     assert model.uuid == fetch(str(folder), None, tmp_path).uuid
     for uri in ("models:/tiny/2", "models:/tiny@other", "models:/none/1"):
-        with pytest.raises(ValueError, match=f"model = '{uri}' is not in sqlite"):
+        with pytest.raises(ValueError, match=f"model = '{uri}': it is not in sqlite"):
             resolve(uri, tracking_uri)
     with pytest.raises(ValueError, match="give models:/NAME/VERSION"):
         resolve("tiny", tracking_uri)

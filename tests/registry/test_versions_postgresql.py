@@ -1,78 +1,27 @@
 """A tracking server on PostgreSQL with its own artifact store, as used by a cluster of several hosts."""
 
-import importlib.util
 import math
-import os
-import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from postgresql_server import postgresql
 from test_versions import PROJECT, champion, register_shapes
-from tracking_server import TrackingServer, free_port, kill
+from tracking_server import TrackingServer
 
 from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow  # a database, a server and two processes
 
 
-def binaries() -> Path | None:
-    """Folder with `initdb` and `postgres`: from the package pgserver, from Debian, or on the path."""
-    found = importlib.util.find_spec("pgserver")
-    places = [Path(str(found.origin)).parent / "pginstall" / "bin"] if found else []
-    places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    places += [Path(path).parent for path in [shutil.which("initdb")] if path]
-    return next((place for place in places if (place / "initdb").exists() and (place / "postgres").exists()), None)
-
-
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
     """URI of a PostgreSQL server on loopback."""
-    place = binaries()
-    if place is None:
-        pytest.skip("no PostgreSQL here: pip install pgserver, or apt-get install postgresql")
-    # PostgreSQL refuses to run as root, and pytest's folders are root's alone.
-    user = next((name for name in ("postgres", "nobody") if _exists(name)), None) if os.geteuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    if user:
-        os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
-    port = free_port()
-    try:
-        made = subprocess.run(
-            [place / "initdb", "--pgdata", folder / "data", "--username", "mlflow", "--auth", "trust", "--no-sync"],
-            user=user,
-            capture_output=True,
-            text=True,
-        )
-        assert made.returncode == 0, made.stderr
-        options = ["-D", str(folder / "data"), "-h", "127.0.0.1", "-p", str(port), "-c", "unix_socket_directories="]
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(
-                [str(place / "postgres"), *options], user=user, stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            while "ready to accept connections" not in (folder / "log").read_text():
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.05)
-            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-        finally:
-            kill(process)
-    finally:
-        shutil.rmtree(folder)
-
-
-def _exists(user: str) -> bool:
-    try:
-        pwd.getpwnam(user)
-    except KeyError:
-        return False
-    return True
+    with postgresql() as uri:
+        yield uri
 
 
 @pytest.fixture(scope="module")

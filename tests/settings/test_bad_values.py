@@ -75,15 +75,28 @@ from command_lines import BORDER, ROOT, refusal, run
         ("--search.grace-epochs 9", "search.grace_epochs = 9", "lower it"),
         ("--search.cpus-per-trial inf", "search.cpus_per_trial = inf", "give at least 0.001"),
         ("--storage s3://bucket/runs", "storage = 's3://bucket/runs'", "--tracking.uri"),
+        ("--storage /tmp/100%/runs", "storage = '/tmp/100%/runs' has %", "give a path without"),
+        ("--storage /tmp/a?b#c", "storage = '/tmp/a?b#c' has # and ?", "give a path without"),
         ("--tracking.uri nope://host", "tracking.uri = 'nope://host'", "http://HOST:PORT"),
         ("--tracking.experiment=", "tracking.experiment = ''", "give a name"),
+        ("--tracking.uri postgresql", "tracking.uri = 'postgresql'", "http://HOST:PORT"),
+        ("--tracking.uri mysql:pw@host", "tracking.uri = 'mysql:***@host'", "http://HOST:PORT"),
+        (
+            "--storage s3://b/runs --tracking.uri postgresql://host/db",
+            "tracking.uri = postgresql://host/db: a database keeps no artifacts",
+            "start `mlflow server`",
+        ),
         ("--tracking.model-name a/b", "tracking.model_name = 'a/b'", "without / and :"),
+        ("--tracking.model-name o'neill", 'tracking.model_name = "o\'neill"', "without quotes"),
+        (f"--tracking.model-name {'m' * 251}", "tracking.model_name = 'mmm", "at most 250"),
+        (f"--tracking.experiment {'m' * 251}", "tracking.experiment = 'mmm", "give a shorter name"),
         ("--tracking.alias V1", "tracking.alias = 'V1'", "letters, digits"),
         ("--tracking.alias challenger", "tracking.alias = 'challenger'", "alias of the others"),
         ("--promotion.min-gain 1", "promotion.min_gain = 1.0", "below 1"),
         ("--train.initial-model models:/m@champion", "train.initial_model = 'models:/m@champion'", "no alias"),
         ("quickstart --train.initial-model models:/m/1", "models:/m/1 has a shape of its own", "--search.num-trials 0"),
         ("--summary-json /nope/summary.json", "summary-json = '/nope/summary.json'", "make it"),
+        ("--summary-json /tmp", "summary-json = '/tmp' is a folder", "give the path of a file"),
     ],
 )
 def test_a_bad_value_is_named_with_its_remedy(
@@ -109,6 +122,7 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["--storage", "nope://runs", "--tracking.uri", "http://127.0.0.1:9"], ["storage = 'nope://runs'", "pyarrow.fs"]),
     (["--storage", "/dev/null"], ["storage = '/dev/null'", "cannot be read and written"]),
     (["--tracking.uri", "http://127.0.0.1:9"], ["tracking.uri = http://127.0.0.1:9", "mlflow server"]),
+    (["--tracking.uri", "mysql://host/db"], ["tracking.uri = mysql://host/db", "driver", "install it with pip"]),
 ]
 
 

@@ -49,7 +49,7 @@ def _file(path: Path, text: str) -> str:
 def test_versions_and_machine_are_collected_but_not_passwords(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--tracking.uri", "https://me:secret@host/path", "a b"])
     found = collect_provenance(tmp_path)
-    assert found.tags["command"] == "run.py --tracking.uri https://***@host/path 'a b'"
+    assert found.tags["command"] == "run.py --tracking.uri 'https://***@host/path' 'a b'"
     assert found.texts["command.txt"] == f"{found.tags['command']}\n"
     assert found.tags["version.keras"] == keras.__version__
     assert f"keras=={keras.__version__}\n" in found.texts["packages.txt"]
@@ -57,6 +57,27 @@ def test_versions_and_machine_are_collected_but_not_passwords(monkeypatch: pytes
     assert int(found.tags["cpu_count"]) >= 1
     assert found.tags["cpu"]
     assert "mlflow.source.git.commit" not in found.tags
+
+
+def test_files_with_settings_of_a_place_are_named_and_not_shown(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    private = ("ray_cluster.yaml", "clusters/aws.yaml", "deep/.env")
+    for name in (*private, "code.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    for name in private:
+        (tmp_path / name).write_text("export KEY=hunter2\n")
+    found = collect_provenance(tmp_path)
+    assert found.tags["mlflow.source.git.dirty"] == "true"
+    assert "hunter2" not in found.texts["changes.diff"]
+    assert all(f"Changed, and not shown: {name}\n" in found.texts["changes.diff"] for name in private)
+    (tmp_path / "code.py").write_text("after\n")
+    assert "+after" in collect_provenance(tmp_path).texts["changes.diff"]
 
 
 def test_cost_counts_the_workers_of_each_epoch() -> None:

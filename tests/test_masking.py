@@ -1,0 +1,73 @@
+"""Passwords and keys are hidden in every form in which they come, and nothing else is."""
+
+import sys
+import time
+
+import pytest
+
+from pipeline.masking import mask, masked
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgresql+psycopg2://user:hunter2@db:5432/mlflow", "postgresql+psycopg2://***@db:5432/mlflow"),
+        ("mysql://user:hunter2/x#?@db/mlflow", "mysql://***@db/mlflow"),
+        ("https://user:hunt@er2@host/path@1", "https://***@host/path@1"),
+        ("https://hunter2@host", "https://***@host"),
+        ("mysql:hunt@er2@db", "mysql:***@db"),
+        ("user:hunter2@host:5432", "user:***@host:5432"),
+        ("s3://AKIAHUNTER2:hunter2%2Fx@bucket/runs?region=eu", "s3://***@bucket/runs?region=eu"),
+        ("s3://b/runs?secret_key=hunter2&scheme=http", "s3://b/runs?secret_key=***&scheme=http"),
+        ("s3://b?Access_Key=AKIAHUNTER2&secret_key=hunter2", "s3://b?Access_Key=***&secret_key=***"),
+        ("https://h/x?X-Amz-Signature=hunter2&sig=hunter2", "https://h/x?X-Amz-Signature=***&sig=***"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dhunter2", "mssql+pyodbc:///?odbc_connect=***"),
+        ("one a://u:hunter2@h/, two 'b://u:hunter2@h'", "one a://***@h/, two 'b://***@h'"),
+        ('{"uri":"a://u:hunter2@h","mail":"x@y"}', '{"uri":"a://***@h","mail":"x@y"}'),
+        ("+    AWS_SECRET_ACCESS_KEY: hunter2", "+    AWS_SECRET_ACCESS_KEY: ***"),
+        ("export MLFLOW_TRACKING_PASSWORD='hunter2'", "export MLFLOW_TRACKING_PASSWORD=***"),
+        ('"api_key": "hunter2",', '"api_key": ***,'),
+    ],
+)
+def test_a_secret_is_hidden(text: str, expected: str) -> None:
+    assert mask(text) == expected
+    assert mask(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models:/perceiver@champion",
+        "http://host:5000/a@b",
+        "sqlite:////home/me@work/mlflow.db",
+        "s3://bucket/runs?endpoint_override=localhost:8333&scheme=http",
+        "num_tokens = 64, tokens=3",
+        "    token = read_token()",
+        "    token: str | None = None",
+        "PASSWORD=$MLFLOW_TRACKING_PASSWORD",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert mask(text) == text
+
+
+def test_the_secrets_of_this_process_are_hidden_however_they_are_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tracking.uri=postgresql://user:hunt%40er2@db/mlflow"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abc/def+ghi")
+    monkeypatch.setenv("PERCEIVER_STORAGE", "s3://AKIA:jkl%2Fmno@bucket")
+    text = "nonnumeric port: 'hunt@er2@db', 'hunt%40er2'; abc/def+ghi is not the key, nor is jkl/mno"
+    assert mask(text) == "nonnumeric port: '***@db', '***'; *** is not the key, nor is ***"
+
+
+@pytest.mark.parametrize("piece", ["a.", "a:", "://", "a-b ", "secret ", "x@", "token=a&", "A" * 100])
+def test_a_long_text_takes_one_pass(piece: str) -> None:
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    mask(text)
+    assert time.process_time() - start < 3
+
+
+def test_all_texts_in_a_value_are_masked() -> None:
+    value = {"uri": "a://u:hunter2@h", "n": (1, ["b://u:hunter2@h"]), "tracking.password": "hunter2", "rate": 0.5}
+    expected = {"uri": "a://***@h", "n": (1, ["b://***@h"]), "tracking.password": "***", "rate": 0.5}
+    assert masked(value) == expected

@@ -1,0 +1,69 @@
+"""Whether a tracking store answers: servers with a login or a certificate of their own, databases, and what is none."""
+
+import base64
+import contextlib
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking.server import check_server
+
+LOGIN = "us er:p@ss"
+
+
+@contextlib.contextmanager
+def tracking_server(login: str | None) -> Iterator[str]:
+    """Host and port of a server that answers the one request, to whoever has the login."""
+    expected = login and f"Basic {base64.b64encode(login.encode()).decode()}"
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            right = expected is None or self.headers["Authorization"] == expected
+            wanted = self.path == "/mlflow/api/2.0/mlflow/experiments/search?max_results=1"
+            self.send_response(401 if not right else 200 if wanted else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_login_in_the_address_is_sent_as_mlflow_does() -> None:
+    with tracking_server(LOGIN) as host:
+        check_server(f"http://us%20er:p%40ss@{host}/mlflow/")
+        check_server(f"http://{host}/mlflow")  # MLflow may have the login from its variables
+        with pytest.raises(ValueError, match=r"the server refuses the login .*401.*MLFLOW_TRACKING_USERNAME"):
+            check_server(f"http://user:wrong@{host}/mlflow")
+    with tracking_server(None) as host:
+        check_server(f"http://user:unasked@{host}/mlflow")
+        with pytest.raises(ValueError, match=r"no MLflow server answers .*404"):
+            check_server(f"http://{host}")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("postgresql+nope://host/db", "no URI of a database that SQLAlchemy knows"),
+        ("mysql+mysqldb://host/db", r"driver of the database is not installed \(No module named 'MySQLdb'\): install"),
+        ("postgresql+psycopg2://mlflow@127.0.0.1:9/db", "the database does not answer .*refused"),
+        ("postgresql+psycopg2://mlflow@127.0.0.1:port/db", "no URI of a database"),
+    ],
+)
+def test_a_database_is_asked_before_anything_starts(uri: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"tracking.uri = .*{message}"):
+        check_server(uri)
+    assert time.monotonic() - start < 10
+
+
+def test_an_sqlite_file_need_not_exist(tmp_path: Path) -> None:
+    check_server(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
