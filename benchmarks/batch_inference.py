@@ -160,7 +160,8 @@ def _batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def _pipeline(folder: Path, options: Options) -> dict[str, float]:
     import ray
 
-    from pipeline.inference.job import PredictOptions, predict
+    from pipeline.inference.config import PredictOptions
+    from pipeline.inference.job import predict
 
     start = time.time()
     ray.init(address="local", num_cpus=options.num_processes, include_dashboard=False, log_to_driver=False)

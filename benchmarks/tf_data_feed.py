@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pipeline.data.rows import Rows
 from pipeline.training.config import TrainingConfig
 
-# Augmentation in tf.data, in `train_batches`, or in the training step; "none" repeats one batch without augmentation.
+# Augmentation in tf.data, in the pipeline's dataset, or in the training step; "none" repeats one batch as it is.
 Feed = Literal["tf.data", "generator", "device", "none"]
 
 
@@ -19,20 +19,15 @@ def feed(kind: Feed, rows: Rows, settings: TrainingConfig, num_classes: int) -> 
         num_classes: Number of classes.
 
     Returns:
-        Batches of images (B, H, W, C) uint8 and labels (B,).
+        Batches of images (B, H, W, C) uint8 and labels (B,); of "generator" with CutMix, the shares of the classes
+        (B, `num_classes`) instead of labels.
     """
     import tensorflow as tf
 
-    from pipeline.training.batches import train_batches
+    from pipeline.training.input_pipeline import training_dataset
 
     if kind == "generator":
-        return tf.data.Dataset.from_generator(
-            lambda: train_batches(rows, settings, num_classes, rank=0, num_workers=1),
-            output_signature=(
-                tf.TensorSpec((settings.global_batch_size, *rows.images.shape[1:]), tf.uint8),
-                tf.TensorSpec((settings.global_batch_size,), tf.int32),
-            ),
-        ).prefetch(tf.data.AUTOTUNE)
+        return training_dataset(rows, settings, num_classes)
     arrays = tf.data.Dataset.from_tensor_slices((rows.images, rows.labels))
     if kind == "none":
         return arrays.batch(settings.global_batch_size, drop_remainder=True).take(1).cache().repeat()

@@ -7,17 +7,20 @@ The preset is `cifar100` with the archive, or `quickstart` on scikit-learn's dig
     (a) plain      keras.Model.fit on arrays in memory, with the same augmentation as tf.data operations
     (b) pipeline   pipeline.training.fit.fit with one worker
     (c) workers    pipeline.training.fit.fit with two workers of one thread each
+    (d) streamed   (b) with the training rows read from verified shards on the disk instead of from memory
 
 Each case runs in its own processes, and the cases take turns. A turn is an epoch of `--steps` steps. Its images/s are
 measured from the end of the first step to the end of the last, so they exclude validation, checkpoint and start-up.
 Start-up is everything before the end of the first step. A case with one thread is bound to one core. The required
 ratios are: (b)/(a) at least 0.97; (c)/(a on one core) at least 1.85 with the same XLA setting and at least 1.75 between
-the best of each; best (c)/best (a with two threads) at least 1.1.
+the best of each; best (c)/best (a with two threads) at least 1.1; (d)/(b) at least 0.97. The rows of a turn are few:
+for (d)/(b) give more `--steps`, so that there are several shards.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,10 +35,14 @@ from turns import Answer, Contestant, medians
 
 from pipeline.data.ingest import load
 from pipeline.data.rows import Rows
+from pipeline.data.shard_reader import ShardReader
+from pipeline.data.shards import write_rows
+from pipeline.data.streamed_rows import StreamedRows
 from pipeline.settings import presets
 from pipeline.settings.config import PipelineConfig
-from pipeline.storage import sha256_of_file
+from pipeline.storage import Storage, sha256_of_file
 
+SHARDS = 40
 ENDLESS = 10**6  # more epochs than any training completes before its process is ended
 
 
@@ -43,12 +50,12 @@ ENDLESS = 10**6  # more epochs than any training completes before its process is
 class Case:
     """A training to measure."""
 
-    kind: Literal["plain", "pipeline"]
+    kind: Literal["plain", "pipeline", "streamed"]
     threads: int = 1
     num_workers: int = 1
     xla: bool = False
     feed: Feed = "tf.data"
-    """Where `plain` augments its batches; `pipeline` ignores it."""
+    """Where `plain` augments its batches; the others ignore it."""
 
     @property
     def name(self) -> str:
@@ -78,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of (a) and (b)")
     parser.add_argument("--xla", nargs="+", choices=["no", "yes"], default=["no", "yes"])
-    parser.add_argument("--only", nargs="+", choices=["plain", "pipeline", "workers"])
+    parser.add_argument("--only", nargs="+", choices=["plain", "pipeline", "workers", "streamed"])
     args = parser.parse_args()
 
     job, sha256 = make_job(args)
@@ -89,6 +96,7 @@ def main() -> None:
             *(Case("plain", threads, 1, xla, feed) for threads in args.threads for feed in args.feeds),
             *(Case("pipeline", threads, 1, xla) for threads in args.threads),
             Case("pipeline", 1, 2, xla),
+            *(Case("streamed", threads, 1, xla) for threads in args.threads),
         ]
         if not args.only or ("workers" if case.num_workers > 1 else case.kind) in args.only
     ]
@@ -194,14 +202,24 @@ def run_pipeline(answer: Answer, case: Case, rank: int, job: Job) -> None:
 
     train = replace(job.config.train, num_workers=case.num_workers, jit_compile=case.xla)
     model = PerceiverConfig(**asdict(job.config.model))
-    fit(model, train, job.train, job.validation, Worker(report, rank, case.num_workers))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = in_shards(job.train, folder) if case.kind == "streamed" else job.train
+        fit(model, train, rows, job.validation, Worker(report, rank, case.num_workers))
+
+
+def in_shards(rows: Rows, folder: str) -> StreamedRows:
+    """The rows in `SHARDS` shards below `folder`, with a window of a quarter of them."""
+    storage = Storage(folder)
+    parts = np.array_split(np.random.default_rng(0).permutation(len(rows)), SHARDS)
+    shards = [write_rows(rows.take(part), storage, f"{number:05d}.parquet") for number, part in enumerate(parts)]
+    return StreamedRows(ShardReader(storage), shards, rows.image_shape, rows.images.nbytes // 4)
 
 
 def run_plain(answer: Answer, case: Case, job: Job) -> None:
     import keras
 
     from perceiver.model import Perceiver
-    from pipeline.training.optimization import SmoothedCrossEntropy, optimizer
+    from pipeline.training.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 
     settings = job.config.train
 
@@ -221,10 +239,7 @@ def run_plain(answer: Answer, case: Case, job: Job) -> None:
     model.compile(
         optimizer=optimizer(settings, model, job.steps),
         loss=SmoothedCrossEntropy(settings.label_smoothing),
-        metrics=[
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-            keras.metrics.SparseTopKCategoricalAccuracy(k=5, name="top5_accuracy"),
-        ],
+        metrics=[Accuracy(name="accuracy"), TopKAccuracy(k=5, name="top5_accuracy")],
         jit_compile=case.xla,
     )
     if case.feed == "device":
@@ -255,6 +270,9 @@ def targets(rows: list[dict[str, Any]]) -> dict[str, float]:
         for threads in (1, 2):
             ratios[f"(b)/(a), {threads} thread{suffix}"] = best("pipeline", 1, threads, (xla,)) / best(
                 "plain", 1, threads, (xla,)
+            )
+            ratios[f"(d)/(b), {threads} thread{suffix}"] = best("streamed", 1, threads, (xla,)) / best(
+                "pipeline", 1, threads, (xla,)
             )
         ratios[f"(c)/(a on one core){suffix}"] = best("pipeline", 2, 1, (xla,)) / best("plain", 1, 1, (xla,))
     ratios["best (c)/best (a on one core)"] = best("pipeline", 2, 1) / best("plain", 1, 1)

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import ablation_studies
+import image_forms
 import matrix_products
+import numpy as np
 import pytest
 import train_overhead
 
 from perceiver import presets
 from perceiver.cost import macs_per_image
+from pipeline.data.config import DatasetConfig
+from pipeline.data.image_rows import load_files
+from pipeline.data.image_survey import find_images
+from pipeline.data.rows import RawDataset, Rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +74,53 @@ def test_image_sizes() -> None:
     assert all(row["images_per_second"] > 0 for row in result["rows"])
 
 
+def test_streaming(tmp_path: Path) -> None:
+    small = ("--cache", str(tmp_path), "--rows", "600", "--rounds", "1", "--shards", "3", "--peers")
+    table, result = benchmark("streaming", *small)
+    assert "600 rows of 64 x 64 x 3, noise" in table
+    assert [(row["reader"], row["shards"]) for row in result["readers"]] == [("shards", 44), ("shards", 3)]
+    assert all(row["rows_per_second"] > 0 and row["resumed_seconds"] > 0 for row in result["readers"])
+
+
+@pytest.mark.slow
+def test_streaming_beside_tfrecord(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    small = ("--cache", str(tmp_path), "--rows", "600", "--rounds", "2", "--shards", "--peers", "tfrecord")
+    _, result = benchmark("streaming", *small, "--record", str(record))
+    assert json.loads(record.read_text()) == result
+    own, peer = result["readers"]
+    assert result["ratios"] == {"tfrecord": own["rows_per_second"] / peer["rows_per_second"]}
+
+
+@pytest.mark.parametrize("form", image_forms.FORMS)
+def test_every_form_of_the_images_of_an_archive_has_its_rows(form: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ["apple", "bear", "cup"]
+    splits = []
+    for count in (30, 12):
+        labels = rng.permutation(np.arange(count) % 3).astype(np.int32)
+        images = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        splits.append(Rows.of(images, labels, (labels > 0).astype(np.int32)))
+    train, test = splits
+    raw = RawDataset(train, test, names, ["fruit", "thing"])
+    order = "classes" if form == "folders" else "archive"
+    image_forms.FORMS[form](image_forms.encode(raw, order), raw, tmp_path / "images")
+    found = load_files(find_images(DatasetConfig("files", path=str(tmp_path / "images")), str(tmp_path)))
+    assert found.label_names == names
+    for rows, expected in ((found.train, raw.train), (found.test, raw.test)):
+        position = np.argsort(expected.labels, kind="stable") if form == "folders" else slice(None)
+        np.testing.assert_array_equal(rows.images, expected.images[position])
+        np.testing.assert_array_equal(rows.labels, expected.labels[position])
+        if form in ("metadata", "parquet"):
+            np.testing.assert_array_equal(rows.coarse_labels, expected.coarse_labels)
+
+
+def test_the_listing_of_many_names() -> None:
+    table, result = benchmark("image_sources", "--names", "3000")
+    assert "3,000" in table
+    assert min(result["list_seconds"], result["divide_seconds"], result["bytes"]) > 0
+
+
 @pytest.mark.slow
 def test_batch_inference() -> None:
     table, result = benchmark("batch_inference", *("--num-images", "600", "--part-rows", "200", "--num-processes", "1"))
@@ -101,11 +154,13 @@ def test_train_overhead_names_the_ratios_that_are_required() -> None:
         row("plain", 2, 1, 160.0),
         row("plain", 1, 1, 50.0, xla=True),
         row("pipeline", 1, 1, 95.0),
+        row("streamed", 1, 1, 76.0),
         row("pipeline", 1, 2, 190.0),
         row("pipeline", 1, 2, 60.0, xla=True),
     ]
     assert train_overhead.targets(rows) == {
         "(b)/(a), 1 thread": 0.95,
+        "(d)/(b), 1 thread": 0.8,
         "(c)/(a on one core)": 1.9,
         "(c)/(a on one core), XLA": 1.2,
         "best (c)/best (a on one core)": 1.9,
@@ -115,10 +170,14 @@ def test_train_overhead_names_the_ratios_that_are_required() -> None:
 
 @pytest.mark.slow
 def test_train_overhead() -> None:
-    table, result = benchmark("train_overhead", "--rounds", "2", "--steps", "3", "--threads", "1", "--xla", "no")
+    table, result = benchmark(
+        "train_overhead",
+        *("--rounds", "2", "--steps", "3", "--threads", "1", "--xla", "no", "--feeds", "tf.data", "generator"),
+    )
     assert "workers, 2 x 1 thread" in table
-    assert set(result["ratios"]) == {"(b)/(a), 1 thread", "(c)/(a on one core)", "best (c)/best (a on one core)"}
-    assert [len(case["turns"]) for case in result["cases"]] == [2, 2, 2]
+    required = {"(b)/(a), 1 thread", "(c)/(a on one core)", "(d)/(b), 1 thread", "best (c)/best (a on one core)"}
+    assert set(result["ratios"]) == required
+    assert [len(case["turns"]) for case in result["cases"]] == [2] * 5
 
 
 @pytest.mark.slow

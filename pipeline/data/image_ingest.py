@@ -5,34 +5,36 @@ The rows of a split are divided among the files in their order, and a task reads
 """
 
 import functools
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import PIL
 import pyarrow as pa
 
+from pipeline.data.collected_images import SplitFiles
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_decoding import BACKGROUND
+from pipeline.data.image_progress import ImageCounter, Report
 from pipeline.data.image_rows import Decoding, check_failures, divided, listing_of
 from pipeline.data.image_survey import count_duplicates
-from pipeline.data.labelled_images import SplitFiles
-from pipeline.data.rows import Rows
 from pipeline.data.shards import from_table, write_rows
 from pipeline.storage import Storage
 
 _MOST_ROWS, _FILE_BYTES = 8192, 25 * 2**20
 """Rows of an output file, or fewer if their pixels are more than `_FILE_BYTES`."""
-_SAY_SECONDS = 5.0
 _WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 
 
-def ingest_files(config: DatasetConfig, storage: Storage, out: str, say: Callable[[str], None]) -> dict[str, Any]:
+def ingest_files(
+    config: DatasetConfig, storage: Storage, out: str, say: Callable[[str], None], report: Report
+) -> dict[str, Any]:
     """Writes the rows of `files` to Parquet files below `out`.
 
     Args:
-        say: shows a line of progress.
+        say: shows a warning.
+        report: shows an `ImageProgress`.
 
     Returns:
         The manifest of `ingest`, also with `validation` among the `files` if the source has that split; `decoding`,
@@ -46,9 +48,10 @@ def ingest_files(config: DatasetConfig, storage: Storage, out: str, say: Callabl
     splits = divided(config, listing)
     total = sum(map(len, splits.values()))
     records: dict[str, list[dict[str, Any]]] = {}
-    progress = _Progress(total, say)
+    progress = ImageCounter("ingest", "decoded", total, int(np.prod(decoding.image_shape)), report)
     for split, rows in splits.items():
-        records[split] = _write_split(config, decoding, rows, storage, storage.join(out, split), progress)
+        coarse = listing.coarse_of_class
+        records[split] = _write_split(config, decoding, rows, coarse, storage, storage.join(out, split), progress)
     failures = [(f["name"], f["error"]) for split in splits for record in records[split] for f in record["failures"]]
     check_failures(config, listing, splits, sorted(failures), storage, storage.join(out, "corrupt.csv"))
     files = {split: _entries(records[split], storage, storage.join(out, f"{split}-renumbered")) for split in splits}
@@ -63,7 +66,7 @@ def ingest_files(config: DatasetConfig, storage: Storage, out: str, say: Callabl
         "image_shape": list(decoding.image_shape),
         "num_classes": len(listing.label_names),
         "label_names": listing.label_names,
-        "coarse_label_names": None,
+        "coarse_label_names": listing.coarse_label_names,
         "files": files,
         "decoding": {"resize": config.resize, "background": BACKGROUND, "pillow": PIL.__version__},
         "corrupt": [list(failure) for failure in sorted(failures)],
@@ -77,26 +80,14 @@ def file_count(rows: int, image_shape: tuple[int, int, int]) -> int:
     return -(-rows // per_file)
 
 
-class _Progress:
-    """Says now and then how many images are decoded, and how long the rest will take."""
-
-    def __init__(self, total: int, say: Callable[[str], None]) -> None:
-        self._total, self._say, self._done = total, say, 0
-        self._start = self._said = time.monotonic()
-
-    def add(self, images: int) -> None:
-        self._done += images
-        now = time.monotonic()
-        if now - self._said < _SAY_SECONDS:
-            return
-        self._said = now
-        rate = self._done / (now - self._start)
-        left = (self._total - self._done) / rate
-        self._say(f"{self._done:,} of {self._total:,} images, {rate:,.0f} images/s, about {left:,.0f} s left")
-
-
 def _write_split(
-    config: DatasetConfig, decoding: Decoding, rows: SplitFiles, storage: Storage, out: str, progress: _Progress
+    config: DatasetConfig,
+    decoding: Decoding,
+    rows: SplitFiles,
+    coarse_of_class: np.ndarray | None,
+    storage: Storage,
+    out: str,
+    progress: ImageCounter,
 ) -> list[dict[str, Any]]:
     """Writes the files of a split; returns what `_write` returns of each, in order."""
     import ray.data
@@ -114,7 +105,7 @@ def _write_split(
     blocks = [_table(rows.take(piece), piece, number) for number, piece in enumerate(pieces)]
     dataset = configured(ray.data.from_arrow(blocks))
     decoded = dataset.map_batches(functools.partial(_decode, decoding=decoding), **_WHOLE_BLOCKS)
-    write = functools.partial(_write, storage=storage, out=out)
+    write = functools.partial(_write, storage=storage, out=out, coarse_of_class=coarse_of_class)
     records = []
     with own_errors():
         written = decoded.map_batches(write, **_WHOLE_BLOCKS)
@@ -160,17 +151,22 @@ def _decode(rows: pa.Table, decoding: Decoding) -> pa.Table:
     )
 
 
-def _write(rows: pa.Table, storage: Storage, out: str) -> pa.Table:
+def _write(rows: pa.Table, storage: Storage, out: str, coarse_of_class: np.ndarray | None) -> pa.Table:
     """Writes the rows of one file that have an image; returns its entry, what failed, and all keys, as a row."""
     number = rows["output"][0].as_py()
     good = rows.filter(rows["error"].is_null())
     failed = rows.filter(rows["error"].is_valid())
     path = storage.join(out, f"{number:05d}.parquet")
+    sha256 = ""
+    if len(good):
+        kept = from_table(good)
+        coarse = None if coarse_of_class is None else coarse_of_class[kept.labels]
+        sha256 = write_rows(replace(kept, coarse_labels=coarse), storage, path)["sha256"]
     record = {
         "output": number,
         "path": path,
         "rows": len(good),
-        "sha256": write_rows(from_table(good), storage, path)["sha256"] if len(good) else "",
+        "sha256": sha256,
         "keys": rows["key"].to_numpy(),
         "failures": [{"name": f["name"], "error": f["error"]} for f in failed.select(["name", "error"]).to_pylist()],
         "failed_ids": failed["row_id"].to_numpy(),
@@ -209,4 +205,4 @@ def _renumber(rows: pa.Table, missing: np.ndarray, storage: Storage, out: str) -
     found = from_table(rows)
     row_ids = found.row_ids - np.searchsorted(missing, found.row_ids)
     path = storage.join(out, f"from-{row_ids[0]:010d}.parquet")
-    return pa.Table.from_pylist([write_rows(Rows(row_ids, found.images, found.labels), storage, path)])
+    return pa.Table.from_pylist([write_rows(replace(found, row_ids=row_ids), storage, path)])

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.data.collected_images import SplitFiles
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_containers import Encoded, read_images
 from pipeline.data.image_decoding import ImageError, Resize, decode, fit_array
 from pipeline.data.image_survey import Corrupt, check_classes, check_corrupt, content_key
-from pipeline.data.labelled_images import Listing, SplitFiles, list_images
+from pipeline.data.labelled_images import Listing, list_images
 from pipeline.data.rows import RawDataset, Rows, stratified_split
 from pipeline.storage import Storage
 
@@ -83,9 +84,12 @@ def load_files(config: DatasetConfig) -> RawDataset:
                 failures.append((rows.names[position], str(error)))
             else:
                 images[position] = image
-        found[split] = Rows.of(images[good], rows.labels[good])
+        coarse = listing.coarse_of_class
+        labels = rows.labels[good]
+        found[split] = Rows.of(images[good], labels, None if coarse is None else coarse[labels])
     check_failures(config, listing, splits, failures, Storage("."))
-    return RawDataset(found["train"], found["test"], listing.label_names, validation=found.get("validation"))
+    names = listing.label_names, listing.coarse_label_names
+    return RawDataset(found["train"], found["test"], *names, validation=found.get("validation"))
 
 
 def check_failures(

@@ -3,6 +3,7 @@
 The pixels are decoded by `ingest` alone; a file whose header is whole may still prove corrupt there.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -12,13 +13,16 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import PIL
 
 from pipeline.data.config import DatasetConfig, FoundImages
-from pipeline.data.image_containers import HEAD_BYTES, npz_shape, read_heads, read_images
+from pipeline.data.image_containers import HEAD_BYTES, read_heads, read_images
 from pipeline.data.image_decoding import Header, ImageError, read_header
 from pipeline.data.labelled_images import Listing, list_images
+from pipeline.data.npz_files import NpzImages
 from pipeline.storage import Storage
 
 _SAY_SECONDS = 5.0
@@ -46,14 +50,52 @@ class Headers:
 
 _READ: dict[str, Headers] = {}
 """The headers of the last listing, by its fingerprint: a dry run asks twice."""
+SURVEYS = ".surveys"
+"""Folder of the storage with what the headers of each listing say, by its fingerprint.
+
+It is hidden, so that no listing has it: the storage may lie at `data.path`.
+"""
 
 
-def read_headers(listing: Listing) -> Headers:
-    """Reads the header of every image; prints its progress to standard error if that takes long."""
+def read_headers(listing: Listing, storage: Storage, keep: bool) -> Headers:
+    """What the headers of all images say; prints its progress to standard error if reading them takes long.
+
+    What an earlier command has kept in `storage` holds as long as names, sizes and times of the files do. With `keep`
+    the result is kept there.
+    """
     if listing.fingerprint not in _READ:
         _READ.clear()
-        _READ[listing.fingerprint] = _read_headers(listing)
+        path = f"{SURVEYS}/{listing.fingerprint}.json"
+        found = _kept(storage, path)
+        if found is None:
+            found = _read_headers(listing)
+            if keep:
+                with contextlib.suppress(OSError):  # whatever is wrong with the storage is said where it is needed
+                    storage.write_json(path, _to_json(found))
+        _READ[listing.fingerprint] = found
     return _READ[listing.fingerprint]
+
+
+def _kept(storage: Storage, path: str) -> Headers | None:
+    """What an earlier command with the same Pillow has found, if it is there and whole."""
+    try:
+        kept = storage.read_json(path)
+        if kept["pillow"] != PIL.__version__:
+            return None
+        sizes = Counter({(width, height): count for width, height, count in kept["sizes"]})
+        return Headers([(name, why) for name, why in kept["corrupt"]], sizes, kept["grey"], kept["colored"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _to_json(headers: Headers) -> dict[str, Any]:
+    return {
+        "pillow": PIL.__version__,
+        "corrupt": [list(found) for found in headers.corrupt],
+        "sizes": [[width, height, count] for (width, height), count in headers.sizes.items()],
+        "grey": headers.grey,
+        "colored": headers.colored,
+    }
 
 
 def _read_headers(listing: Listing) -> Headers:
@@ -63,7 +105,8 @@ def _read_headers(listing: Listing) -> Headers:
     for rows in listing.splits.values():
         if listing.kind == "npz":
             for file, count in Counter(rows.files).items():
-                _, height, width, *channels = npz_shape(root, file)
+                with NpzImages(root, file) as images:
+                    _, height, width, *channels = images.shape
                 found[Header(width, height, channels != [3])] += count
             continue
         for position, open_head in enumerate(read_heads(root, listing.kind, rows)):
@@ -90,11 +133,12 @@ def _read_headers(listing: Listing) -> Headers:
     return Headers(corrupt, sizes, grey, found.total() - grey)
 
 
-def find_images(config: DatasetConfig, storage: str) -> DatasetConfig:
+def find_images(config: DatasetConfig, storage: str, keep_survey: bool = True) -> DatasetConfig:
     """`config` of `files` with `found` filled in.
 
     Args:
         storage: folder or URI where the list of corrupt images is put if there are too many.
+        keep_survey: whether what the headers say is kept there too, for the next command.
 
     Raises:
         ValueError: if the images cannot be used as `config` says; names the option and the remedy.
@@ -102,7 +146,7 @@ def find_images(config: DatasetConfig, storage: str) -> DatasetConfig:
     assert config.path is not None
     listing = list_images(config.path)
     check_classes(listing, {split: np.bincount(r.labels, minlength=1) for split, r in listing.splits.items()})
-    headers = read_headers(listing)
+    headers = read_headers(listing, Storage(storage), keep_survey)
     check_corrupt(config, headers.corrupt, sum(map(len, listing.splits.values())), Storage(storage), "corrupt.csv")
     if not headers.sizes:
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
+from pipeline.data.image_progress import Report
 from pipeline.data.rows import RawDataset, Rows
 from pipeline.data.shards import write_rows
 from pipeline.data.sources import source_of
@@ -18,8 +19,8 @@ def load(config: DatasetConfig) -> RawDataset:
     """Reads, decodes and verifies a whole data set into memory.
 
     Raises:
-        ValueError: as `check_archive`, or if the data are not what the source promises; names expected and found.
-        ConnectionError: if the official archive cannot be downloaded.
+        ValueError: as `check_archive`, if the archive cannot be read or downloaded, or if the data are not what the
+            source promises; names expected and found.
     """
     source = source_of(config)
     check_archive(config, source)
@@ -27,7 +28,11 @@ def load(config: DatasetConfig) -> RawDataset:
 
 
 def ingest(
-    config: DatasetConfig, storage: Storage, out: str, say: Callable[[str], None] = lambda line: None
+    config: DatasetConfig,
+    storage: Storage,
+    out: str,
+    say: Callable[[str], None] = lambda line: None,
+    report: Report = lambda event: None,
 ) -> dict[str, Any]:
     """Writes the verified rows of a source to Parquet files below `out`.
 
@@ -35,7 +40,8 @@ def ingest(
         config: Names the source.
         storage: Where the files go.
         out: Storage prefix of the files.
-        say: Shows a line of progress; used where it may take long.
+        say: Shows a warning.
+        report: Shows an `ImageProgress`, where it may take long.
 
     Returns:
         Manifest: `source`, `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, and `files`, which has
@@ -48,7 +54,7 @@ def ingest(
     if config.source == "files":
         from pipeline.data.image_ingest import ingest_files
 
-        return ingest_files(config, storage, out, say)
+        return ingest_files(config, storage, out, say, report)
     source, raw = source_of(config), load(config)
     return {
         "source": source.name,

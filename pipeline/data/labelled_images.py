@@ -8,51 +8,24 @@ import csv
 import io
 import os
 import re
-from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from pipeline.data.collected_images import TEST, TRAIN, VALIDATION, Collected, SplitFiles
+from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree, list_files, suffix_of
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("val", "valid", "validation", "dev"), VALIDATION),
     **dict.fromkeys(("test", "testing"), TEST),
 }
 _SPLIT_IN_NAME = re.compile(rf"(?:^|[/_.-])({'|'.join(SPLIT_NAMES)})(?=[/_.-]|$)", re.IGNORECASE)
+_PACKED_TAR = re.compile(r"\.(?:tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 METADATA = "metadata.csv"
-MAX_CLASSES = 100_000
-
-
-@dataclass(frozen=True)
-class SplitFiles:
-    """The images of one split, in the order of the listing.
-
-    Attributes:
-        names: how messages name each image.
-        files: path of the file that has it.
-        starts: int64 (N,), its first byte in a tar, its row in a Parquet or npz file; else 0.
-        sizes: int64 (N,), its bytes; 0 where only reading it would tell.
-        labels: int32 (N,).
-    """
-
-    names: Sequence[str]
-    files: Sequence[str]
-    starts: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, positions: np.ndarray) -> "SplitFiles":
-        """The images at these positions, in this order."""
-        names, files = ([column[i] for i in positions] for column in (self.names, self.files))
-        return SplitFiles(names, files, self.starts[positions], self.sizes[positions], self.labels[positions])
 
 
 @dataclass(frozen=True)
@@ -68,6 +41,8 @@ class Listing:
         files: all files that belong to it.
         fingerprint: SHA-256 over their names, sizes and times.
         bytes: their size.
+        coarse_label_names: names of the classes of classes; None if there are none.
+        coarse_of_class: int32 (classes,), the coarse label of each class; None likewise.
     """
 
     path: str
@@ -78,69 +53,8 @@ class Listing:
     files: list[str]
     fingerprint: str
     bytes: int
-
-
-@dataclass
-class Collected:
-    """Images as they are found, before their classes have numbers."""
-
-    path: str
-    _columns: dict[str, "_Columns"] = field(default_factory=dict)
-    _number_of: dict[str | int, int] = field(default_factory=dict)
-
-    def add(self, split: str, label: str | int, name: str, file: str, start: int = 0, size: int = 0) -> None:
-        """Adds an image; a label is the name of its class, or its number."""
-        columns = self._columns.setdefault(split, _Columns())
-        columns.names.append(name)
-        columns.files.append(file)
-        columns.starts.append(start)
-        columns.sizes.append(size)
-        columns.labels.append(self._number_of.setdefault(label, len(self._number_of)))
-
-    def fail(self, message: str) -> ValueError:
-        return ValueError(f"data.path = {self.path!r}: {message}")
-
-    def finish(self, names: Sequence[str] | None) -> tuple[list[str], dict[str, SplitFiles]]:
-        """Names of the classes in order, and the splits with their labels.
-
-        Args:
-            names: names of the classes if labels are numbers; None: text sorted, or the numbers themselves.
-        """
-        found = list(self._number_of)
-        if len({type(label) for label in found}) > 1:
-            raise self.fail("some labels are numbers and some are text: give one of the two")
-        if all(isinstance(label, int) for label in found):
-            low, high = min(map(int, found), default=0), max(map(int, found), default=0)
-            top = MAX_CLASSES if names is None else len(names)
-            if low < 0 or high >= top:
-                raise self.fail(
-                    f"labels are from {low} to {high}, expected 0 to {top - 1}: leave out rows without a label"
-                )
-            ordered: list[str | int] = list(range(high + 1 if names is None else top))
-            texts = [str(label) for label in ordered] if names is None else list(names)
-        else:
-            ordered = sorted(found, key=str)
-            texts = [str(label) for label in ordered]
-        place = {label: number for number, label in enumerate(ordered)}
-        number_to_label = np.array([place[label] for label in found], np.int32)
-        splits = {name: self._columns[name].split(number_to_label) for name in _IN_ORDER if name in self._columns}
-        return texts, splits
-
-
-_IN_ORDER = (TRAIN, VALIDATION, TEST)
-
-
-@dataclass
-class _Columns:
-    names: list[str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    starts: array = field(default_factory=lambda: array("q"))
-    sizes: array = field(default_factory=lambda: array("q"))
-    labels: array = field(default_factory=lambda: array("l"))
-
-    def split(self, number_to_label: np.ndarray) -> SplitFiles:
-        labels = number_to_label[np.array(self.labels)]
-        return SplitFiles(self.names, self.files, np.array(self.starts), np.array(self.sizes), labels)
+    coarse_label_names: list[str] | None = None
+    coarse_of_class: np.ndarray | None = None
 
 
 Reader = Callable[[FileTree, list[str], Collected], Sequence[str] | None]
@@ -165,19 +79,25 @@ def list_images(path: str) -> Listing:
         ("folders", IMAGE_SUFFIXES, _list_folders),
     )
     usable = [reader for reader in readers if suffixes & set(reader[1])]
+    packed = [name for name in tree.files if _PACKED_TAR.search(name)]
+    if packed and (not usable or usable[0][0] == "tar"):
+        raise collected.fail(
+            f"{packed[0]} is a compressed tar, of which no part can be read without the rest: unpack it to a .tar"
+        )
     if not usable:
         raise collected.fail(
             f"holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet, tar or npz files: give another folder"
         )
     kind, wanted, read = usable[0]
     chosen = [name for name in tree.files if suffix_of(name) in wanted]
-    for name in sorted(set(tree.files) - set(chosen)):
-        tree.leave_out(f"file of another kind ({suffix_of(name) or 'no suffix'})", name)
-    label_names, splits = collected.finish(read(tree, chosen, collected))
+    tree.leave_out_others(chosen)
+    names = read(tree, chosen, collected)
+    label_names, splits = collected.finish(names)
     if TRAIN not in splits:
         raise collected.fail(f"has no images in {TRAIN}/, but in {', '.join(splits) or 'nothing'}: add them")
     size = sum(tree.files[name][0] for name in chosen)
-    return Listing(path, kind, tree, label_names, splits, chosen, tree.fingerprint(chosen), size)
+    coarse = collected.coarse(names)
+    return Listing(path, kind, tree, label_names, splits, chosen, tree.fingerprint(chosen), size, *coarse)
 
 
 def split_of_files(names: Sequence[str], collected: Collected) -> list[str]:
@@ -242,10 +162,15 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
         folder = str(PurePosixPath(table).parent)
         default = SPLIT_NAMES.get(PurePosixPath(table).parent.name.lower(), TRAIN)
         text = io.StringIO(tree.root.read_bytes(table).decode("utf-8-sig", "backslashreplace"), newline="")
-        rows = csv.DictReader(text)
-        if missing := {"file_name", "label"} - set(rows.fieldnames or ()):
+        try:
+            reader = csv.DictReader(text)
+            columns, rows = reader.fieldnames or (), list(reader)
+        except csv.Error as error:  # a field without an end, or a byte that is no text
+            raise collected.fail(f"{table} is no table: {error}: write it again") from error
+        if missing := {"file_name", "label"} - set(columns):
             raise collected.fail(f"{table} has no column {sorted(missing)[0]}: it must have file_name and label")
         for number, row in enumerate(rows, 2):
+            collected.check_name(row["label"], table)
             name = str(PurePosixPath(folder) / (row["file_name"] or ""))
             split = (row.get("split") or "").strip().lower()
             problem = (
@@ -255,13 +180,17 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
                 if name in listed
                 else "has no label"
                 if not row["label"]
-                else f"has the split {split!r}, which is none of {', '.join(SPLIT_NAMES)}"
+                else f"has the split {excerpt(repr(split))}, which is none of {', '.join(SPLIT_NAMES)}"
                 if split and split not in SPLIT_NAMES
                 else None
             )
             if problem:
-                raise collected.fail(f"{table}, line {number}: {row['file_name']!r} {problem}: mend the line")
+                raise collected.fail(
+                    f"{table}, line {number}: {excerpt(repr(row['file_name']))} {problem}: mend the line"
+                )
             listed.add(name)
+            if "coarse_label" in row:
+                collected.group(row["label"], row["coarse_label"], f"{table}, line {number}: {excerpt(name)!r}")
             collected.add(SPLIT_NAMES[split] if split else default, row["label"], name, name, size=tree.files[name][0])
     for name in sorted(images - listed):
         tree.leave_out(f"not in {METADATA}", name)

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +12,24 @@ import ray.data
 
 from pipeline.data.config import DatasetConfig
 from pipeline.data.exchange import Target, exchange
-from pipeline.data.ray_rows import own_errors, read_files
+from pipeline.data.image_progress import ImageCounter, Report
+from pipeline.data.ray_rows import CorruptShardError, own_errors, read_files
 from pipeline.data.rows import Rows, row_digests, stratified_split
-from pipeline.data.shards import write_rows
-from pipeline.storage import Storage
+from pipeline.data.shards import read_rows, shard_count, write_rows
+from pipeline.storage import CorruptFileError, Storage
 
 _EVALUATION_SHARDS = 4
 """Shards of the validation and of the test split, or more of them."""
-_MOST_SHARD_BYTES = 16 * 2**20
-"""Pixels of a shard; a worker that streams holds a few shards at a time."""
 _WHOLE_BLOCKS: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
 
 
-def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage, out: str) -> dict[str, Any]:
+def preprocess(
+    config: DatasetConfig,
+    ingested: dict[str, Any],
+    storage: Storage,
+    out: str,
+    report: Report = lambda event: None,
+) -> dict[str, Any]:
     """Writes the rows that `ingest` wrote as shards below `out`; the same config gives the same bytes.
 
     Unless the source has a validation split, its rows are taken from the training rows: `round(validation_fraction *
@@ -34,6 +40,7 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
         ingested: Output of `ingest`.
         storage: Where the files of `ingest` are and the shards go.
         out: Storage prefix of the shards.
+        report: Shows an `ImageProgress`.
 
     Returns:
         Manifest: `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, `pixel_mean` and `pixel_std` of
@@ -49,10 +56,10 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
         CorruptShardError: if a file has other bytes than `ingested` names.
         ValueError: if its rows do not have the promised shape, type and range, or no row is left for validation.
     """
+    row_bytes = int(np.prod(ingested["image_shape"]))
     with own_errors():
-        rows = {name: _validated(ingested, name, storage).materialize() for name in ingested["files"]}
-        labels = {name: _labels(part) for name, part in rows.items()}
-        if "validation" in rows:  # the source has its own
+        labels = {name: _labels(_validated(ingested, name, storage)) for name in ingested["files"]}
+        if "validation" in labels:  # the source has its own
             held_in = "validation"
             train, validation = (np.arange(len(labels[name])) for name in ("train", "validation"))
         else:
@@ -63,17 +70,26 @@ def preprocess(config: DatasetConfig, ingested: dict[str, Any], storage: Storage
             "validation": (held_in, validation, _EVALUATION_SHARDS),
             "test": ("test", np.arange(len(labels["test"])), _EVALUATION_SHARDS),
         }
-        row_bytes = int(np.prod(ingested["image_shape"]))
         shards = [
             _Shard(split, source, part, storage.join(out, split, f"{number:05d}.parquet"))
             for split, (source, row_ids, num_shards) in splits.items()
             for number, part in enumerate(_shuffled_parts(row_ids, num_shards, row_bytes, config.seed))
         ]
-        blocks = [(block, number) for number, part in enumerate(rows.values()) for block in part.to_arrow_refs()]
-        targets = [_target(shards, name) for name in rows]
-        del rows  # so that a block is released once it is cut
-        write = functools.partial(_write_shard, storage=storage, paths=[shard.path for shard in shards])
-        records = list(exchange(blocks, targets, [len(shard.row_ids) for shard in shards], row_bytes, write))
+        total = sum(map(len, labels.values()))
+        records = []
+        sorting = ImageCounter("preprocess", "sorted", total, row_bytes, report)
+        writing = ImageCounter("preprocess", "written", total, row_bytes, report)
+        for record in exchange(
+            [(entry, number) for number, files in enumerate(ingested["files"].values()) for entry in files],
+            functools.partial(_read, storage=storage),
+            [_target(shards, name) for name in ingested["files"]],
+            [len(shard.row_ids) for shard in shards],
+            row_bytes,
+            functools.partial(_write_shard, storage=storage, paths=[shard.path for shard in shards]),
+            on_cut=sorting.add,
+        ):
+            records.append(record)
+            writing.add(len(shards[record["shard"]].row_ids))
 
     records.sort(key=lambda record: record["shard"])
     written = {
@@ -106,8 +122,7 @@ class _Shard:
 
 def _shuffled_parts(row_ids: np.ndarray, least_parts: int, row_bytes: int, seed: int) -> list[np.ndarray]:
     order = np.random.default_rng([seed, 1]).permutation(row_ids)
-    rows = max(1, _MOST_SHARD_BYTES // row_bytes)
-    return np.array_split(order, min(max(least_parts, -(-len(order) // rows)), len(order)))
+    return np.array_split(order, shard_count(len(order), least_parts, row_bytes))
 
 
 def _target(shards: list[_Shard], source: str) -> Target:
@@ -118,6 +133,13 @@ def _target(shards: list[_Shard], source: str) -> Target:
     target.shard[row_ids] = np.concatenate([np.full(len(ids), number) for number, ids in own])
     target.place[row_ids] = np.concatenate([np.arange(len(ids)) for _, ids in own])
     return target
+
+
+def _read(entry: Mapping[str, Any], storage: Storage) -> Rows:
+    try:
+        return read_rows(entry, storage)
+    except CorruptFileError as error:
+        raise CorruptShardError(*error.args) from error
 
 
 def _write_shard(number: int, shard: Rows, storage: Storage, paths: list[str]) -> dict[str, Any]:
@@ -156,6 +178,7 @@ def _pixel_statistics(records: list[dict[str, Any]]) -> tuple[list[float], list[
 
 
 def _validated(ingested: dict[str, Any], name: str, storage: Storage) -> ray.data.Dataset:
+    """Row ids and labels of a split of the source, whose rows are checked on the way."""
     coarse_names = ingested["coarse_label_names"]
     validate = functools.partial(
         _validate,
@@ -176,7 +199,7 @@ def _validate(rows: pa.Table, image_shape: tuple[int, ...], ranges: dict[str, in
                 f"ingested rows: expected {column} int32 from 0 to {count - 1}, found {labels.dtype} from "
                 f"{labels.min()} to {labels.max()}"
             )
-    return rows
+    return rows.select(["row_id", "label"])
 
 
 def _labels(rows: ray.data.Dataset) -> np.ndarray:
@@ -185,7 +208,7 @@ def _labels(rows: ray.data.Dataset) -> np.ndarray:
     Raises:
         ValueError: if the row_ids are not 0, 1, ... N - 1.
     """
-    batches = list(rows.select_columns(["row_id", "label"]).iter_batches(batch_size=None))
+    batches = list(rows.iter_batches(batch_size=None))
     row_ids = np.concatenate([batch["row_id"] for batch in batches])
     order = np.argsort(row_ids)
     if not np.array_equal(row_ids[order], np.arange(len(row_ids))):

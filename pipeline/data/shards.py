@@ -7,6 +7,7 @@ slowly; they are read too.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,14 @@ import pyarrow.parquet as pq
 from pipeline.data.rows import Rows
 from pipeline.storage import Storage
 
+MOST_SHARD_BYTES = 16 * 2**20
+"""Pixels of a shard; a worker that streams holds a few shards at a time."""
 _SHAPE = b"image_shape"
+
+
+def shard_count(rows: int, least: int, row_bytes: int) -> int:
+    """Number of shards of so many rows: `least`, or more so that none has over `MOST_SHARD_BYTES`."""
+    return min(max(least, -(-rows // max(1, MOST_SHARD_BYTES // row_bytes))), rows)
 
 
 def write_rows(rows: Rows, storage: Storage, path: str) -> dict[str, Any]:
@@ -73,6 +81,21 @@ def with_tensors(table: pa.Table) -> pa.Table:
     parts = [_tensor(part, shape, size) for part in table["image"].chunks]
     tensor = pa.fixed_shape_tensor(pa.uint8(), shape)
     return table.set_column(position, "image", pa.chunked_array(parts, tensor)).replace_schema_metadata(None)
+
+
+def pixel_shape(schema: pa.Schema) -> tuple[int, ...] | None:
+    """Shape of the images of a table that has them as uint8 pixels, in either way; None of any other table."""
+    kind = schema.field("image").type
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return tuple(kind.shape) if kind.value_type == pa.uint8() else None
+    try:
+        shape = json.loads((schema.metadata or {})[_SHAPE])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
+        return None
+    size = math.prod(shape)
+    return tuple(shape) if pa.types.is_fixed_size_binary(kind) and kind.byte_width == size else None
 
 
 def _tensor(images: pa.FixedSizeBinaryArray, shape: list[int], size: int) -> pa.FixedShapeTensorArray:

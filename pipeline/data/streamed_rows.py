@@ -17,9 +17,6 @@ from pipeline.data.order import Lane, StreamOrder
 from pipeline.data.rows import GlobalBatch, Rows
 from pipeline.data.shard_reader import Entry, ReadAhead, ShardReader
 
-Place = tuple[Rows, int]
-"""Rows of a shard, and the position of a row in them."""
-
 
 class StreamedRows:
     """The rows of a split; satisfies `RowSource`.
@@ -67,9 +64,9 @@ class StreamedRows:
             while True:
                 readers = [_LaneReader(lane, step * count, ahead.next) for lane in _lanes(order, lanes, epoch)]
                 for batch in range(step, order.steps):
-                    places = [place for reader in readers for place in reader.take(count)]
-                    yield epoch, batch, _StreamedBatch(places, lanes.start * count, order.lanes)
-                    places.clear()  # whoever still has the batch shall not keep its shards
+                    picked = _Picked.joined([reader.take(count) for reader in readers])
+                    yield epoch, batch, _StreamedBatch(picked, lanes.start * count, order.lanes)
+                    picked.shards.clear()  # whoever still has the batch shall not keep its shards
                 epoch, step = epoch + 1, 0
         except Exception as error:
             self.failure = error
@@ -134,34 +131,79 @@ def _lanes(order: StreamOrder, lanes: range, epoch: int) -> list[Lane]:
     return order.epoch(epoch)[lanes.start : lanes.stop]
 
 
+@dataclass(frozen=True)
+class _Picked:
+    """Rows that lie in several shards."""
+
+    shards: list[Rows]
+    places: np.ndarray
+    """int64 (n, 2): for each row the number of its shard and its position there."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Picked]) -> _Picked:
+        """The rows of all parts, one part after another."""
+        starts = itertools.accumulate((len(part.shards) for part in parts[:-1]), initial=0)
+        places = [part.places + np.array([start, 0]) for start, part in zip(starts, parts, strict=True)]
+        return cls([shard for part in parts for shard in part.shards], np.concatenate(places))
+
+    def rows(self) -> Rows:
+        """A copy of the rows."""
+        count, like = len(self.places), self.shards[0]
+        images = np.empty((count, *like.image_shape), np.uint8)
+        row_ids, labels = np.empty(count, np.int64), np.empty(count, np.int32)
+        coarse = None if like.coarse_labels is None else np.empty(count, np.int32)
+        for number, shard in enumerate(self.shards):
+            (own,) = np.nonzero(self.places[:, 0] == number)
+            positions = self.places[own, 1]
+            row_ids[own], labels[own] = shard.row_ids[positions], shard.labels[positions]
+            if coarse is not None and shard.coarse_labels is not None:
+                coarse[own] = shard.coarse_labels[positions]
+            for row, position in zip(own.tolist(), positions.tolist(), strict=True):
+                images[row] = shard.images[position]  # quicker than indexing with arrays, which copies twice
+        return Rows(row_ids, images, labels, coarse)
+
+
 class _LaneReader:
-    """The rows of a lane from a place on, each as the rows that hold it and its position in them."""
+    """The rows of a lane from a place on."""
 
     def __init__(self, lane: Lane, place: int, read_next: Callable[[], Rows]) -> None:
         self._lane, self._slots, self._read_next = lane, lane.slots(place), read_next
         self._window: dict[int, Rows] = {}
-        self._left: deque[Place] = deque()
+        self._left: _Picked | None = None
 
-    def take(self, count: int) -> list[Place]:
-        while len(self._left) < count:
-            slot, rows = next(self._slots)
-            window = self._lane.window(slot)
-            if self._left:  # the rest of a slot, whose first shard is not to be kept for it
-                rest = _gather(list(self._left), self._left[0][0])
-                self._left = deque((rest, position) for position in range(len(rest)))
-            self._window = {piece: shard for piece, shard in self._window.items() if piece in window}
-            for piece in window:
-                if piece not in self._window:
-                    self._window[piece] = self._read_next()
-            self._left.extend((self._window[piece], row) for piece, row in rows.tolist())
-        return [self._left.popleft() for _ in range(count)]
+    def take(self, count: int) -> _Picked:
+        parts = []
+        while True:
+            left = self._left or self._next_slot()
+            parts.append(_Picked(left.shards, left.places[:count]))
+            self._left = _Picked(left.shards, left.places[count:]) if len(left.places) > count else None
+            count -= len(parts[-1].places)
+            if not count:
+                return _Picked.joined(parts)
+            # What was taken is copied, so that the window moves on without the shards that it leaves.
+            parts = [_copied(_Picked.joined(parts))]
+            del left
+
+    def _next_slot(self) -> _Picked:
+        slot, rows = next(self._slots)
+        window = self._lane.window(slot)
+        self._window = {piece: shard for piece, shard in self._window.items() if piece in window}
+        for piece in window:
+            if piece not in self._window:
+                self._window[piece] = self._read_next()
+        return _Picked([self._window[piece] for piece in window], rows - np.array([window.start, 0]))
+
+
+def _copied(picked: _Picked) -> _Picked:
+    rows = picked.rows()
+    return _Picked([rows], np.stack([np.zeros(len(rows), np.int64), np.arange(len(rows))], axis=1))
 
 
 @dataclass(frozen=True)
 class _StreamedBatch:
     """Can be used until the next one is asked for."""
 
-    places: list[Place]
+    picked: _Picked
     """The rows of the rank's lanes."""
     first: int
     """Position in the global batch of the first of them."""
@@ -170,17 +212,4 @@ class _StreamedBatch:
     def take(self, positions: np.ndarray | slice) -> Rows:
         if isinstance(positions, slice):
             positions = np.arange(positions.start, positions.stop)
-        return _gather([self.places[position] for position in (positions - self.first).tolist()], self.places[0][0])
-
-
-def _gather(places: list[Place], like: Rows) -> Rows:
-    """Copies single rows; `like` says what a row consists of."""
-    images = np.empty((len(places), *like.image_shape), np.uint8)
-    for number, (rows, position) in enumerate(places):
-        images[number] = rows.images[position]
-    row_ids = np.array([rows.row_ids[position] for rows, position in places], np.int64)
-    labels = np.array([rows.labels[position] for rows, position in places], np.int32)
-    if like.coarse_labels is None:
-        return Rows(row_ids, images, labels)
-    coarse = [rows.coarse_labels[position] for rows, position in places if rows.coarse_labels is not None]
-    return Rows(row_ids, images, labels, np.array(coarse, np.int32))
+        return _Picked(self.picked.shards, self.picked.places[positions - self.first]).rows()

@@ -12,16 +12,18 @@ from pipeline.data.image_ingest import file_count
 from pipeline.data.image_rows import divided
 from pipeline.data.image_survey import find_duplicates, read_headers, sizes_seen
 from pipeline.data.labelled_images import list_images
+from pipeline.masking import mask
+from pipeline.storage import Storage
 
 _MOST_CLASSES, _NAMED = 40, 3
 
 
-def show_images(data: DatasetConfig, console: Console) -> None:
+def show_images(data: DatasetConfig, storage: Storage, console: Console) -> None:
     """Prints the classes and what is noteworthy of the images of `files`; reads no more than headers, as a rule."""
     assert data.path is not None
     assert data.found is not None
     listing = list_images(data.path)
-    headers = read_headers(listing)
+    headers = read_headers(listing, storage, keep=False)
     splits = divided(data, listing)
     counts = {split: np.bincount(rows.labels, minlength=len(listing.label_names)) for split, rows in splits.items()}
     classes = Table("class", *counts, title="images")
@@ -54,7 +56,7 @@ def show_images(data: DatasetConfig, console: Console) -> None:
         _shared(find_duplicates(listing)),
     ]
     for line in lines:
-        console.print(escape(line))
+        console.print(escape(mask(line)))
 
 
 def _some(what: str, names: Sequence[str]) -> str:

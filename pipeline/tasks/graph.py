@@ -5,14 +5,20 @@ from typing import Any
 
 from pipeline.data.sources import source_of
 from pipeline.fields import keyed
+from pipeline.masking import mask
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.steps import evaluate, ingest, preprocess, register, report, search, train
 from pipeline.workflow.task import Task
 
 
 def _is_registered_there(config: PipelineConfig, output: dict[str, Any]) -> bool:
-    wanted = (config.tracking_uri, config.tracking.model_name, config.tracking.alias)
-    return (output["tracking_uri"], output["name"], output["champion"]) == wanted
+    """Whether the version is where `config` wants it; the registry is asked whether it still has it."""
+    wanted = (mask(config.tracking_uri), config.tracking.model_name, config.tracking.alias)
+    if (mask(output["tracking_uri"]), output["name"], output["champion"]) != wanted:
+        return False
+    from pipeline.registry.fetch import is_registered  # MLflow is loaded only if there is something to ask
+
+    return is_registered(output["uri"], config.tracking_uri)
 
 
 def _trials(config: PipelineConfig) -> str:

@@ -14,6 +14,7 @@ from pipeline.data.order import MIB
 from pipeline.data.rows import Rows, stratified_split
 from pipeline.data.split import open_split
 from pipeline.fields import keyed
+from pipeline.masking import mask, masked
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.events import TrialChanged
 from pipeline.tasks.trial import TrialTraining
@@ -53,21 +54,23 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
                 status=trial.status,
                 epochs=trial.epochs,
                 best_value=trial.best_value,
-                error=trial.error,
+                error=mask(trial.error) if trial.error else None,
                 seconds_left=seconds_left,
                 metrics=trial.history[-1] if told else None,
             )
         )
 
-    found = search(
-        training,
-        space,
-        settings,
-        journal=Journal(storage, folder, _others(context, digest)),
-        storage_path=storage.absolute(f"{context.state}/ray"),
-        use_gpu=train.use_gpu,
-        preset=asdict(context.config.model) | asdict(context.config.train),
-        watch=watch,
+    found = masked(
+        search(
+            training,
+            space,
+            settings,
+            journal=Journal(storage, folder, _others(context, digest)),
+            storage_path=storage.absolute(f"{context.state}/ray"),
+            use_gpu=train.use_gpu,
+            preset=asdict(context.config.model) | asdict(context.config.train),
+            watch=watch,
+        )
     )
     for left in (f"{context.state}/checkpoints", f"{context.state}/ray"):
         storage.delete(left)

@@ -24,13 +24,14 @@ def ingest(context: Context) -> dict[str, Any]:
     def say(line: str) -> None:
         context.channel.report(Said("ingest", line))
 
-    return ingest(context.config.data, context.storage, context.out, say)
+    return ingest(context.config.data, context.storage, context.out, say, context.channel.report)
 
 
 def preprocess(context: Context) -> dict[str, Any]:
     from pipeline.data.preprocess import preprocess
 
-    return preprocess(context.config.data, context.inputs["ingest"], context.storage, context.out)
+    ingested, report = context.inputs["ingest"], context.channel.report
+    return preprocess(context.config.data, ingested, context.storage, context.out, report)
 
 
 def search(context: Context) -> dict[str, Any]:
@@ -61,6 +62,18 @@ def train(context: Context) -> dict[str, Any]:
         local = Path(folder) / MODEL_FILE
         context.storage.download(f"{output.pop('checkpoint')}/{MODEL_FILE}", local)
         return output | {"model": context.storage.upload_verified(local, f"{context.out}/{MODEL_FILE}")}
+
+
+def check_initial_model(config: PipelineConfig) -> None:
+    """Looks for the registered model that has the initial weights, before anything is started.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    from pipeline.registry.fetch import resolve
+
+    if config.train.initial_model:
+        resolve(config.train.initial_model, config.tracking_uri)
 
 
 def _initial_model(context: Context) -> str:

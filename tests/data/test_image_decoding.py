@@ -15,6 +15,7 @@ from pipeline.data.image_decoding import ImageError, Resize, decode, fit_array, 
 from pipeline.data.image_rows import load_files
 from pipeline.data.image_survey import find_images, read_headers
 from pipeline.data.labelled_images import list_images
+from pipeline.storage import Storage
 
 RNG = np.random.default_rng(0)
 COLOR = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -197,7 +198,7 @@ def test_a_folder_that_nobody_cleaned(tmp_path: Path) -> None:
         "link to a folder above it": ["a/loop"],
         "name is not UTF-8": ["b/caf\\xe9.png"],
     }
-    headers = read_headers(listing)
+    headers = read_headers(listing, Storage(str(tmp_path / "runs")), keep=False)
     assert dict(headers.corrupt).keys() == {f"a/{name}" for name in REFUSED}
     for name, why in headers.corrupt:
         assert why.startswith(REFUSED[name[2:]][1])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from own_images import CLASSES, KINDS, SHAPE, make_images, png, write_folders, write_metadata, write_npz, write_tars
 
+from pipeline.data import image_survey
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_rows import load_files
 from pipeline.data.image_survey import find_duplicates, find_images
@@ -149,6 +150,43 @@ def test_the_same_image_in_two_splits_is_a_warning(tmp_path: Path) -> None:
     manifest = ingest(found(tmp_path / "images"), Storage(str(tmp_path / "runs")), "ingested", said.append)
     assert manifest["duplicates"] == expected
     assert said[0] == "warning: 1 images are the same in train and validation"
+
+
+def test_the_headers_of_a_listing_are_read_once(tmp_path: Path) -> None:
+    """Files with other bytes and the same names, sizes and times are not opened again; a changed one is."""
+    write_folders(tmp_path / "images")
+    first = found(tmp_path / "images")
+    path = tmp_path / "images" / "train" / "cat" / "train03.png"
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    image_survey._READ.clear()  # as in a new process
+    assert found(tmp_path / "images") == first
+    image_survey._READ.clear()
+    (survey,) = (tmp_path / "runs" / image_survey.SURVEYS).iterdir()
+    survey.write_text(survey.read_text()[:50])  # cut off
+    with pytest.raises(ValueError, match=r"max_corrupt = 0: 1 of 60 images .* train/cat/train03\.png"):
+        found(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"max_corrupt = 0: 1 of 60 images"):  # by the survey that was written again
+        found(tmp_path / "images")
+    write_folders(tmp_path / "images")
+    os.utime(path, ns=(0, 0))
+    again = found(tmp_path / "images")
+    assert again.fingerprint != first.fingerprint
+    assert len(list((tmp_path / "runs" / image_survey.SURVEYS).iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["train-1.tar.gz", "train-1.tgz", "train-1.TAR.zst"])
+def test_a_compressed_tar_is_refused_alone_and_beside_others(name: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name} is a compressed tar, .* unpack it to a \.tar"):
+        list_images(str(tmp_path / "images"))
+    shutil.rmtree(tmp_path / "images")
+    write_tars(tmp_path / "images")
+    (tmp_path / "images" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name} is a compressed tar"):
+        list_images(str(tmp_path / "images"))
 
 
 def test_an_input_is_known_by_names_sizes_and_times_or_by_its_content(tmp_path: Path) -> None:

@@ -66,5 +66,5 @@ def test_large_files_headers_errors_and_batch_inference(bucket: str, tmp_path: P
     with pytest.raises(ValueError, match="no such file or folder"):
         find_images(DatasetConfig("files", path=inside(bucket, "nothing")), str(tmp_path))
     wrong = inside(bucket, "large").replace(SECRET_KEY, "wrong")
-    with pytest.raises(ValueError, match=r"data\.path = .* cannot be listed"):
+    with pytest.raises(ValueError, match=r"data\.path = .* cannot be read"):
         find_images(DatasetConfig("files", path=wrong), str(tmp_path))

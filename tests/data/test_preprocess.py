@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.data import preprocess as preprocessing
+from pipeline.data import shards as shard_files
 from pipeline.data.config import DatasetConfig
 from pipeline.data.ingest import ingest, load
 from pipeline.data.preprocess import preprocess
@@ -153,7 +153,7 @@ def test_the_digest_does_not_depend_on_the_number_of_shards(
 def test_no_shard_has_more_pixels_than_a_streaming_worker_is_to_hold(
     storage: Storage, ingested: dict[str, Any], manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocessing, "_MOST_SHARD_BYTES", 64 * 50)
+    monkeypatch.setattr(shard_files, "MOST_SHARD_BYTES", 64 * 50)
     other = preprocess(DIGITS, ingested, storage, "small shards")
     for split in other["splits"].values():
         assert 40 < max(shard["rows"] for shard in split["shards"]) <= 50 or len(split["shards"]) == 4

@@ -168,7 +168,7 @@ def test_a_readers_memory_follows_the_formula(tmp_path: Path) -> None:
     storage, shape = Storage(str(tmp_path)), (64, 64, 3)
     _, shards = write_shards(storage, [85] * 200, shape)
     code = f"""if True:
-        import json, sys
+        import json, sys, time
         from pipeline.data.shard_reader import ShardReader
         from pipeline.data.streamed_rows import StreamedRows
         from pipeline.storage import Storage
@@ -181,6 +181,8 @@ def test_a_readers_memory_follows_the_formula(tmp_path: Path) -> None:
         peaks = []
         for epoch, step, batch in data.global_batches(128, 0, slice(0, 128), epoch=0, step=0):
             batch.take(slice(0, 128))
+            if step == 20:
+                time.sleep(0.5)  # time for all shards that are read ahead
             if step == order.steps - 1:
                 peaks.append(peak())
             if epoch == 2:

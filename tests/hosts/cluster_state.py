@@ -1,13 +1,33 @@
-"""Observes the cluster on the hosts: its nodes, workers and epochs, and the files in storage."""
+"""Starts the cluster on the hosts and observes it: its nodes, workers and epochs, and the files in storage."""
 
+import contextlib
 import json
 import re
 import socket
 import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+from host_commands import wait_until
 from hosts import Hosts
 
 WORKER = r"^ray::.*RayTrainWorker"
+
+
+@contextlib.contextmanager
+def cluster_up(num_workers: int) -> Iterator[Hosts]:
+    """A head and workers on which the cluster is up; prints the seconds that were measured at the end."""
+    with (
+        tempfile.TemporaryDirectory(prefix="hosts-", ignore_cleanup_errors=True) as folder,
+        Hosts(Path(folder), num_workers) as made,
+    ):
+        made.ray("up", "--yes", str(made.yaml))
+        made.seconds["all nodes"] = wait_until(lambda: num_nodes(made) == num_workers + 1, 120, "all nodes", pause=1)
+        try:
+            yield made
+        finally:
+            print(json.dumps({name: round(seconds, 1) for name, seconds in made.seconds.items()}))
 
 
 def num_nodes(hosts: Hosts) -> int:
@@ -17,10 +37,22 @@ def num_nodes(hosts: Hosts) -> int:
     return int(active[1]) if active else 0
 
 
-def is_open(port: int) -> bool:
-    """Whether a process listens on this port of this machine."""
+def is_open(port: int, address: str = "127.0.0.1") -> bool:
+    """Whether this machine can connect to a port."""
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        probe.settimeout(3)
+        return probe.connect_ex((address, port)) == 0
+
+
+def open_to_strangers(hosts: Hosts) -> list[list[bool]]:
+    """For each host with a training worker, whether this machine, which is none of them, can connect to its ports."""
+    found = []
+    for host in (hosts.head, *hosts.workers):
+        lines = hosts.ssh(host, "ss -Hltnp").text.splitlines()
+        ports = {int(line.split()[3].rpartition(":")[2]) for line in lines if "RayTrainWo" in line}
+        if ports:
+            found.append(sorted(is_open(port, host.address) for port in ports))
+    return found
 
 
 def manifest(hosts: Hosts, task: str, runs: str = "runs") -> dict:
