@@ -6,7 +6,7 @@ To train on several hosts, start the script on each of them with TF_CONFIG set. 
 
     TF_CONFIG='{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": "worker", "index": 0}}'
 
-The only part of this project that it needs is pipeline/multiworker.py.
+The only part of this project that it needs is pipeline/multiworker.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python examples/ray_train_own_model.py        # starts Ray on this machine; about 40 s on 2 cores
 
-If RAY_ADDRESS is set, it runs on that cluster. The only part of this project that it needs is pipeline/multiworker.py.
+If RAY_ADDRESS is set, it runs on that cluster. The only part of this project that it needs is pipeline/multiworker.
 """
 
 import tempfile

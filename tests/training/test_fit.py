@@ -134,7 +134,7 @@ def assert_same_training(one: Path, other: Path, tolerance: float, without: str 
             np.testing.assert_allclose(value, others[path], atol=tolerance, rtol=0, err_msg=path)
 
 
-@pytest.mark.slow  # the next test compares with AdamW, and perceiver_sgd in test_multiworker_features.py with momentum
+@pytest.mark.slow  # the next test compares with AdamW, and perceiver_with_momentum in tests/multiworker with momentum
 def test_two_workers_train_as_one_does_with_momentum(run: Run) -> None:
     one, two = run(1, SGD), run(2, SGD)
     assert_same_training(one, two, 1e-5)
@@ -218,7 +218,7 @@ def test_a_finished_training_is_not_trained_on(run: Run) -> None:
     assert checkpoints(first) == before
 
 
-SLOW_PRECISIONS = [  # two workers with loss scaling are also in test_multiworker_features.py
+SLOW_PRECISIONS = [  # two workers with loss scaling are also in tests/multiworker
     pytest.param(num_workers, precision, marks=pytest.mark.slow)
     for num_workers, precision in ((1, "mixed_bfloat16"), (2, "mixed_float16"), (2, "mixed_bfloat16"))
 ]

@@ -1,12 +1,16 @@
-"""The private names of Keras that pipeline/multiworker.py relies on, and what it does in one process."""
+"""The private names of Keras that pipeline/multiworker relies on, and what it does in one process."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipeline import multiworker
+from pipeline.multiworker.iterators import BackgroundReleased
 
 
 def classifier() -> keras.Model:
@@ -25,6 +29,19 @@ def test_keras_has_the_private_names_that_are_relied_on() -> None:
     multiworker.check_keras()
 
 
+def test_layers_that_are_made_afterwards_get_the_same_initial_weights() -> None:
+    def weights() -> np.ndarray:
+        layer = keras.layers.Dense(4)
+        layer.build((None, 3))
+        return layer.get_weights()[0]
+
+    keras.utils.set_random_seed(5)
+    before = weights()
+    keras.utils.set_random_seed(5)
+    multiworker.check_keras()
+    np.testing.assert_array_equal(weights(), before)
+
+
 # Another version of Keras cannot be installed beside this one, so the test changes the classes of this one.
 @pytest.mark.parametrize("name", sorted(multiworker.PRIVATE_NAMES))
 def test_a_keras_without_a_private_method_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -37,8 +54,7 @@ def test_a_keras_without_a_private_method_is_refused_by_name(monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", sorted(multiworker.PRIVATE_ATTRIBUTES))
 def test_a_keras_without_a_private_attribute_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    names = multiworker.PRIVATE_ATTRIBUTES | {kind: ("_of_another_keras",)}
-    monkeypatch.setattr(multiworker, "PRIVATE_ATTRIBUTES", names)
+    monkeypatch.setitem(multiworker.PRIVATE_ATTRIBUTES, kind, ("_of_another_keras",))
     with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no {kind}._of_another_keras"):
         multiworker.check_keras()
 
@@ -81,9 +97,45 @@ def test_enabling_again_after_another_compile_trains_with_the_new_settings() -> 
         np.testing.assert_array_equal(old, new)
 
 
+def test_an_iterator_is_released_in_a_thread_of_its_own() -> None:
+    let_go, released = threading.Event(), threading.Event()
+
+    class Batches:
+        def __iter__(self) -> Iterator[int]:
+            try:
+                yield 1
+                yield 2
+            finally:  # runs when the iterator is released
+                assert let_go.wait(10)
+                released.set()
+
+    iterator = BackgroundReleased(Batches())
+    assert next(iterator) == 1
+    del iterator
+    assert not released.is_set()
+    let_go.set()
+    assert released.wait(10)
+
+
 def test_an_enabled_model_is_saved_as_what_it_was(tmp_path: Path) -> None:
     model, (x, _) = classifier(), rows()
     multiworker.enable(model)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_a_strategy_of_one_process_needs_no_seed() -> None:
+    x, y = rows()
+
+    def losses(strategy: tf.distribute.Strategy) -> list[float]:
+        with strategy.scope():
+            model = classifier()
+        multiworker.enable(model)
+        tf.random.set_seed(None)
+        losses: list[float] = model.fit(x, y, batch_size=len(x), epochs=3, verbose=0).history["loss"]
+        return losses
+
+    mirrored, plain = losses(tf.distribute.MirroredStrategy()), losses(tf.distribute.get_strategy())
+    np.testing.assert_allclose(mirrored, plain, atol=1e-6)
+    assert plain[-1] < plain[0]

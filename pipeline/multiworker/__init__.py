@@ -1,0 +1,51 @@
+"""Makes `fit`, `evaluate` and `predict` of Keras 3 work on several workers under MultiWorkerMirroredStrategy.
+
+Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). One call fixes it:
+
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    keras.utils.set_random_seed(0)  # the same on every worker, because each worker shuffles the data itself
+    with strategy.scope():
+        model = ...
+        model.compile(...)
+    multiworker.enable(model)
+    model.fit(x, y, batch_size=128, validation_data=(x_val, y_val), ...)
+
+Whatever `fit` takes is passed as in a single process: every worker is given all rows, in global batches and in the same
+order, and trains on its share of each batch. A worker that holds only its own rows passes
+`distribute(its_batches, strategy)` instead.
+
+The package needs only TF_CONFIG, and neither Ray nor the rest of this project. docs/multiworker.md lists what works,
+what is refused, and why.
+
+proxies.py              keeps HTTP proxies out of the way of the workers
+enable.py               the methods of a model that are replaced
+data.py                 a replica's share of a global batch; batches that a worker has for itself
+functions.py            the functions that Keras calls for steps and predictions
+one_replica.py          what Keras sees within a step: one replica, with sums over all
+metrics.py              metrics and logs over all replicas; finds batches that differ
+first_step.py           compares a step of one process with that of the workers
+constant_randomness.py  random numbers for this comparison
+guard.py                ends a call in which a worker would wait for ever
+writing_callbacks.py    the first worker alone writes files
+stop_signal.py          a request to stop that all workers see after the same step
+vectors.py              several tensors as one vector
+keras_internals.py      private names of Keras and TensorFlow, compared with the installed ones
+"""
+
+from .data import distribute
+from .enable import enable
+from .keras_internals import PRIVATE_ATTRIBUTES, PRIVATE_NAMES, check_keras
+from .proxies import bypass_proxies
+from .stop_signal import StopSignal
+
+__all__ = [
+    "PRIVATE_ATTRIBUTES",
+    "PRIVATE_NAMES",
+    "StopSignal",
+    "check_keras",
+    "distribute",
+    "enable",
+]
+
+# When the package is imported, because the strategy, which is created next, would hang.
+bypass_proxies()

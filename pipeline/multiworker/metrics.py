@@ -1,0 +1,140 @@
+"""Metrics and logs of a step over all replicas."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from .keras_internals import CompileMetrics, replaced
+from .one_replica import OneReplica
+from .vectors import packed, unpacked
+
+_FACTOR = 0x5851F42D4C957F2D  # multiplier of Knuth's MMIX generator: mixes the order of the batches into their hash
+_DIFFERENT = "the batches of the workers differ"
+DIFFERENT_BATCHES = (
+    "the workers were given different batches, so that some rows would be trained on twice and others never. Every "
+    "worker must pass the same global batches, in the same order and number: call keras.utils.set_random_seed with the "
+    "same seed on every worker, give tf.data's shuffle a seed, and do not shard the data. Data of which every worker "
+    "has only its own rows, such as ds.shard(...) or Ray's to_tf, is passed as multiworker.distribute(ds, strategy)"
+)
+
+
+class Logs:
+    """Turns the logs of one replica's steps into those of the global batches.
+
+    A value that is the result of a metric is computed from the sums of the metric's variables over the replicas. Any
+    other value is the mean of the replicas' values, weighted by their rows. The vector that is summed also contains a
+    hash of the batches that each worker has read, so that different batches are found in the step that has them.
+    """
+
+    def __init__(self, model: keras.Model, replica: OneReplica) -> None:
+        self.model, self.replica = model, replica
+        self.read = tf.Variable(0, dtype=tf.int64, trainable=False)  # hash of all global batches until now
+        self._metric_of: dict[str, tuple[keras.Metric, str | None]] = {}
+
+    def add_batch(self, fingerprint: tf.Tensor) -> None:
+        """Adds a global batch to the hash of those that this worker has read."""
+        self.read.assign(self.read * _FACTOR + fingerprint)
+
+    @contextlib.contextmanager
+    def of_step(self, rows: int | tf.Tensor) -> Iterator[dict[str, Any]]:
+        """Yields a dict for the logs of a step, notes their metrics, and undoes what a batch without rows changed."""
+        variables = [variable for metric in self.model.metrics for variable in metric.variables]
+        before = [] if isinstance(rows, int) else [tf.identity(variable.value) for variable in variables]
+        results: list[tuple[Any, keras.Metric, str | None]] = []
+        logs: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            for metric in self._single_metrics():
+                stack.enter_context(replaced(metric, "result", _noting(metric, metric.result, results)))
+            yield logs
+        self._metric_of = {
+            name: (metric, part) for name, value in logs.items() for result, metric, part in results if result is value
+        }
+        for variable, value in zip(variables, before, strict=False):  # empty if there are rows
+            variable.assign(tf.where(rows > 0, variable.value, value))
+
+    def over_replicas(self, logs: dict[str, tf.Tensor], rows: int | tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns the logs over all replicas; called in replica context.
+
+        Args:
+            logs: Logs of this replica's last step, made under `of_step`.
+            rows: Number of rows that this replica had in that step.
+        """
+        metrics = list({id(metric): metric for metric, _ in self._metric_of.values()}.values())
+        variables = [variable for metric in metrics for variable in metric.variables]
+        weight = tf.cast(rows, tf.float64)
+        others = {name: value for name, value in logs.items() if name not in self._metric_of}
+        weighted = [tf.math.multiply_no_nan(tf.cast(value, tf.float64), weight) for value in others.values()]
+        # Sums of numbers below 2**32 are exact in float64.
+        pieces = tf.cast(tf.bitcast(self.read, tf.uint16), tf.float64)
+        parts = [*(variable.value for variable in variables), *weighted, weight, pieces, tf.square(pieces)]
+        sums = unpacked(self.replica.sum(packed(parts, tf.float64)), parts)
+        self._compare(*sums[-2:])
+        values, total = iter(sums[: len(variables)]), sums[-3]
+        result_of = {
+            id(metric): metric.stateless_result([next(values) for _ in metric.variables]) for metric in metrics
+        }
+        means = dict(zip(others, (value / total for value in sums[len(variables) : -3]), strict=True))
+        found = {}
+        for name, value in logs.items():
+            if name in means:
+                found[name] = tf.cast(means[name], value.dtype)
+            else:
+                metric, part = self._metric_of[name]
+                found[name] = result_of[id(metric)] if part is None else result_of[id(metric)][part]
+        return found
+
+    def compare_batches(self) -> None:
+        """Compares the batches that the workers have read until now; called in replica context."""
+        pieces = tf.cast(tf.bitcast(self.read, tf.uint16), tf.float64)
+        self._compare(*tf.split(self.replica.sum(tf.concat([pieces, tf.square(pieces)], 0)), 2))
+
+    def _compare(self, total: tf.Tensor, squares: tf.Tensor) -> None:
+        """Asserts that all replicas have the same numbers, given the sums of the numbers and of their squares."""
+        if self.replica.alone:
+            return
+        number = tf.constant(self.replica.num_replicas, tf.float64)
+        tf.debugging.Assert(tf.reduce_all(number * squares == tf.square(total)), [_DIFFERENT])
+
+    def refusing(self, call: Callable[[], Any]) -> Any:
+        """Returns the result of `call`.
+
+        Raises:
+            ValueError: if it found that the batches of the workers differ.
+        """
+        try:
+            return call()
+        except tf.errors.InvalidArgumentError as error:
+            if _DIFFERENT not in str(error):
+                raise
+            raise ValueError(DIFFERENT_BATCHES) from None
+
+    def _single_metrics(self) -> Iterator[keras.Metric]:
+        for metric in self.model.metrics:
+            if isinstance(metric, CompileMetrics):
+                yield from metric.metrics
+            else:
+                yield metric
+
+
+def flat(logs: dict[str, Any]) -> dict[str, Any]:
+    """Flattens logs: a metric that is a dict of values is replaced by its entries."""
+    return {
+        inner: item
+        for name, value in logs.items()
+        for inner, item in (value if isinstance(value, dict) else {name: value}).items()
+    }
+
+
+def _noting(metric: keras.Metric, result: Callable[[], Any], results: list[Any]) -> Callable[[], Any]:
+    def noted() -> Any:
+        value = result()
+        if isinstance(value, dict):
+            results.extend((item, metric, name) for name, item in value.items())
+        else:
+            results.append((value, metric, None))
+        return value
+
+    return noted

@@ -1,0 +1,16 @@
+"""Keeps HTTP proxies out of the way of the workers."""
+
+import json
+import os
+
+
+def bypass_proxies() -> None:
+    """Takes the workers in TF_CONFIG off the HTTP proxy of the environment, where gRPC would look for them in vain."""
+    jobs = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
+    addresses = [address for job in ("chief", "worker") for address in jobs.get(job, [])]
+    hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
+    for name in ("no_proxy", "no_grpc_proxy"):  # gRPC reads the second alone where it is set
+        present = os.environ.get(name) or (os.environ.get("NO_PROXY", "") if name == "no_proxy" else "")
+        if hosts and (present or name == "no_proxy"):
+            listed = [entry for entry in present.split(",") if entry]
+            os.environ[name] = ",".join([*listed, *(host for host in dict.fromkeys(hosts) if host not in listed)])

@@ -1,0 +1,87 @@
+"""Batches of other forms, and single batches"""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from case_registry import BATCH, ROWS, Result, T, Worker, X, case, dataset, fitted, outcome
+from cases_steps import Guided
+from keras import ops
+
+
+@case()
+def four_tuples(worker: Worker) -> Result:
+    """batches of four tensors for a `train_step` of one's own"""
+
+    class Pairs(Guided):
+        def train_step(self, data: Any) -> Any:
+            a, b, y, weight = data
+            with tf.GradientTape() as tape:
+                loss = ops.mean(weight * ops.square(self(a)[:, 0] - self(b)[:, 0] - y[:, 0]))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"step_loss": loss}
+
+    def make() -> keras.Model:
+        model = Pairs()
+        model.build((None, 4))
+        return model
+
+    weight = np.linspace(0.5, 1.5, ROWS, dtype=np.float32)
+    return fitted(worker.compiled(make), dataset(X, X[::-1], T, weight))
+
+
+@case()
+def dicts_of_tensors(worker: Worker) -> Result:
+    """batches that are dicts for a `train_step` of one's own"""
+
+    class Named(Guided):
+        def train_step(self, data: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = ops.mean(ops.square(self(data["x"]) - data["y"]))
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"step_loss": loss}
+
+    def make() -> keras.Model:
+        model = Named()
+        model.build((None, 4))
+        return model
+
+    data = tf.data.Dataset.from_tensor_slices({"x": X, "y": T}).batch(BATCH)
+    return fitted(worker.compiled(make), data)
+
+
+@case()
+def batches_of_ones_own(worker: Worker) -> Result:
+    """`train_on_batch`, `test_on_batch` and `predict_on_batch`"""
+    model = worker.compiled(Guided, "mse", metrics=["mae"])
+    losses = [model.train_on_batch(X[i : i + 15], T[i : i + 15]) for i in (0, 30, 0, 45, 60, 0)]
+    return outcome(
+        model,
+        {"loss": np.asarray(losses)[:, 0], "mae": np.asarray(losses)[:, 1]},
+        tested=model.test_on_batch(X[:31], T[:31]),
+        predicted=model.predict_on_batch(X[:31]),
+    )
+
+
+@case(learns=False)
+def predict_on_batch(worker: Worker) -> Result:
+    """`predict_on_batch` of an odd number of rows"""
+    model = worker.compiled(Guided, "mse")
+    model.build((None, 4))
+    return {"predicted": model.predict_on_batch(X[:31])}
+
+
+@case()
+def predict_step_of_ones_own(worker: Worker) -> Result:
+    """a `predict_step` that returns a dict"""
+
+    class Named(Guided):
+        def predict_step(self, data: Any) -> Any:
+            y_pred = self(data, training=False)
+            return {"mean": y_pred, "size": ops.abs(y_pred)}
+
+    model = worker.compiled(Named, "mse")
+    result = fitted(model, X, T)
+    predicted = model.predict(X, batch_size=BATCH, verbose=0)
+    return result | {f"predicted {name}": value for name, value in predicted.items()}
