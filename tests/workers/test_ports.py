@@ -23,17 +23,19 @@ def can_connect(port: int) -> bool:
 
 
 def test_strangers_cannot_connect_to_tensorflow(storage: Storage, manifest: dict[str, Any]) -> None:  # noqa: F811
-    run = Run(storage, manifest, "ports", epochs=12, early_stopping_patience=12)
+    run = Run(storage, manifest, "ports", epochs=40, early_stopping_patience=40)
     run.start()
     run.wait_for_another_checkpoint()
     commands = processes_of_this_session()
     ports = listening_ports(commands)
-    for pid, found in ports.items():
-        for port in sorted(found):
-            print(f"{port} {'open' if can_connect(port) else 'closed'}: {commands[pid][:60]}")
     workers = [pid for pid in ports if "RayTrainWorker" in commands[pid]]
     assert len(workers) == 2
     for pid in workers:
-        # One is Ray's own, which asks for the token.
-        assert sorted(map(can_connect, ports[pid])) == [False, True], ports[pid]
+        assert len(ports[pid]) == 2
+        # One is Ray's own, which asks for the token. It does not always answer in time.
+        assert sum(map(can_connect, ports[pid])) <= 1, ports[pid]
+    assert run.is_alive(), "the training has ended, and with it TensorFlow's ports"
+    for pid, found in ports.items():
+        for port in sorted(found):
+            print(f"{port} {'open' if can_connect(port) else 'closed'}: {commands[pid][:60]}")
     assert run.result()["num_workers"] == 2
