@@ -170,7 +170,7 @@ def sampled(driver: int, hold: Hold | None = None) -> Iterator[Memory]:
         while not ended.wait(SECONDS):
             for pid in below(driver):
                 with contextlib.suppress(OSError, KeyError, ValueError):  # it has ended by now
-                    title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+                    title = Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()).name
                     if hold and title == WORKER and memory.titles.get(pid) != WORKER:
                         hold.take(pid)
                     size = resident(pid)
