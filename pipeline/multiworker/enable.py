@@ -39,8 +39,8 @@ def enable(
     `compile(jit_compile=True)`, XLA compiles the forward and backward pass; the collectives, which XLA does not support
     on a CPU, stay outside.
 
-    What would differ from one process is refused in the first step: the workers' batches are compared, and a few rows
-    of the first batch are computed both as one process would and in uneven parts on the workers.
+    What is found to differ from one process is refused in the first step: the workers' batches are compared, and a few
+    rows of the first batch are computed both as one process would and in uneven parts on the workers.
 
     The methods are replaced on the instance, so neither the class nor a saved `.keras` file changes; a loaded model has
     to be enabled again. Another `compile` needs no other `enable`. A model that was created without a strategy trains
