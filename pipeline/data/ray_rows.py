@@ -1,5 +1,6 @@
 """Reads rows with Ray Data: from Parquet files whose bytes are those that a manifest names, into `Rows`."""
 
+import collections
 import contextlib
 import functools
 from collections.abc import Iterator
@@ -77,13 +78,29 @@ def materialize_split(manifest: dict[str, Any], split: str, storage: Storage) ->
 
 
 def to_rows(dataset: ray.data.Dataset | ray.data.DataIterator) -> Rows:
-    """Collects a dataset of `read_split`, or a worker's part of it, in memory, in order of `row_id`."""
+    """Collects a dataset of `read_split`, or a worker's part of it, in memory, in order of `row_id`.
+
+    A batch is let go as soon as its rows are in their places, so that the pixels are hardly ever there twice.
+    """
     with own_errors():
-        batches = list(dataset.iter_batches(batch_size=_READ_ROWS))
-    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    order = np.argsort(columns["row_id"])
-    coarse = columns["coarse_label"][order] if "coarse_label" in columns else None
-    return Rows(columns["row_id"][order], columns["image"][order], columns["label"][order], coarse)
+        batches = collections.deque(dataset.iter_batches(batch_size=_READ_ROWS))
+    row_ids = np.concatenate([batch["row_id"] for batch in batches])
+    order = np.argsort(row_ids)
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    columns = {
+        name: np.empty((len(order), *values.shape[1:]), values.dtype)
+        for name, values in batches[0].items()
+        if name != "row_id"
+    }
+    start = 0
+    while batches:
+        batch = batches.popleft()
+        stop = start + len(batch["row_id"])
+        for name, column in columns.items():
+            column[places[start:stop]] = batch[name]
+        start = stop
+    return Rows(row_ids[order], columns["image"], columns["label"], columns.get("coarse_label"))
 
 
 @contextlib.contextmanager
