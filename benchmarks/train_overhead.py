@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz; default: the digits")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each case")
     parser.add_argument("--steps", type=int, default=17, help="training steps in a turn")
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--precision", choices=["float32", "mixed_bfloat16"], default="float32")
     parser.add_argument(
         "--feeds", nargs="+", default=["tf.data"], help="where (a) augments: tf.data, generator, device, none"
     )

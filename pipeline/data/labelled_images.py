@@ -8,7 +8,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -117,18 +117,34 @@ def split_of_files(names: Sequence[str], collected: Collected) -> list[str]:
     return [split or TRAIN for split in splits]
 
 
-def _split_folders(names: Iterable[str], collected: Collected) -> bool:
-    """Whether the folders at the top are splits and not classes."""
+def _split_folders(names: Sequence[str], collected: Collected) -> bool:
+    """Whether the folders at the top are splits and not classes. A class may have the name of a split.
+
+    Raises:
+        ValueError: if folders of splits lie beside others, or in the folders of classes.
+    """
     top = {name.partition("/")[0] for name in names if "/" in name}
     of_splits = {folder for folder in top if folder.lower() in SPLIT_NAMES}
     if top and of_splits == top:
         return True
-    nested = any(name.partition("/")[0] in of_splits and name.count("/") >= 2 for name in names)
-    if len(of_splits) > 1 and nested:
+    nested = sorted({name.partition("/")[0] for name in names if name.count("/") > 1} & of_splits)
+    if nested:
         raise collected.fail(
-            f"holds the splits {', '.join(sorted(of_splits))} and also {', '.join(sorted(top - of_splits)[:3])}: move "
+            f"holds the splits {', '.join(nested)} and also {', '.join(sorted(top - of_splits)[:3])}: move "
             "the other folders away"
         )
+    inner: dict[str, set[str]] = {}
+    for name in names:
+        if name.count("/") > 1:
+            folder, below, _ = name.split("/", 2)
+            inner.setdefault(folder, set()).add(below)
+    for folder, below_it in sorted(inner.items()):
+        if all(below.lower() in SPLIT_NAMES for below in below_it):
+            split = min(below_it)
+            raise collected.fail(
+                f"has a split in the folder of a class, {folder}/{split}, where it would not count: move it to "
+                f"{split}/{folder}, and the others likewise"
+            )
     return False
 
 
@@ -145,13 +161,25 @@ def _list_folders(tree: FileTree, chosen: list[str], collected: Collected) -> No
         with_images.add("/".join(parts[: 2 if splits else 1]))
         collected.add(split, folders[0], name, name, size=tree.files[name][0])
     if not with_images:
-        raise collected.fail(f"holds {len(chosen)} images, but in no folders of classes: put each class in a folder")
+        raise collected.fail(
+            f"holds {len(chosen)} images, but in no folders of classes: put each class in a folder, "
+            f"or write {METADATA} with file_name and label{_other_tables(tree)}"
+        )
     depth = 1 if splits else 0
     empty = sorted(f for f in tree.folders if f.count("/") == depth and f not in with_images)
     # The folder of a class without an image is no data, but the person may think that it is.
     if empty := [folder for folder in empty if not splits or folder.partition("/")[0].lower() in SPLIT_NAMES]:
         others = f", nor have {len(empty) - 1} others" if len(empty) > 1 else ""
         raise collected.fail(f"the folder {empty[0]} has no images{others}: fill or remove them")
+
+
+def _other_tables(tree: FileTree) -> str:
+    """What to say of a table of another name or kind, which is perhaps meant to say the classes."""
+    others = tree.left_out.keys() & {
+        f"file of another kind ({suffix})" for suffix in (".csv", ".json", ".jsonl", ".tsv")
+    }
+    found = sorted(name for reason in others for name in tree.left_out[reason])
+    return f"; {found[0]} is not read" if found else ""
 
 
 def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> None:

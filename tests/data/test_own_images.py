@@ -221,6 +221,31 @@ def make_one_larger(root: Path) -> None:
     (root / "train" / "cat" / "large.png").write_bytes(png(np.zeros((7, 9, 3), np.uint8)))
 
 
+def rename_train_to_cats(root: Path) -> None:
+    (root / "train").rename(root / "cats")
+    shutil.rmtree(root / "val")
+
+
+def turn_inside_out(root: Path) -> None:
+    """cat/train instead of train/cat."""
+    for folder in sorted(root.glob("*/*")):
+        (root / folder.name).mkdir(exist_ok=True)
+        folder.rename(root / folder.name / folder.parent.name)
+    for split in ("train", "val", "test"):
+        (root / split).rmdir()
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    for name in ("train", "bus/long/test"):  # CIFAR-100 has a class `train`
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((6, 6, 3), 9 * number + len(name), np.uint8)
+            (tmp_path / "images" / name / f"{number}.png").write_bytes(png(pixels))
+    listing = list_images(str(tmp_path / "images"))
+    assert listing.label_names == ["bus", "train"]
+    assert set(listing.splits) == {"train"}
+
+
 @pytest.mark.parametrize(
     ("write", "change", "message"),
     [
@@ -234,6 +259,21 @@ def make_one_larger(root: Path) -> None:
             write_folders,
             lambda root: (root / "train").rename(root / "test2"),
             "holds the splits test, val and also test2",
+        ),
+        (
+            write_folders,
+            rename_train_to_cats,
+            "holds the splits test and also cats: move the other folders away",
+        ),
+        (
+            write_folders,
+            turn_inside_out,
+            "has a split in the folder of a class, cat/test, where it would not count: move it to test/cat, and",
+        ),
+        (
+            write_metadata,
+            lambda root: (root / "metadata.csv").rename(root / "metadata.jsonl"),
+            "or write metadata.csv with file_name and label; metadata.jsonl is not read",
         ),
         (write_folders, lambda root: shutil.rmtree(root / "train"), "has no images in train/, but in validation"),
         (
