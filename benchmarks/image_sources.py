@@ -43,8 +43,8 @@ from pipeline.data.labelled_images import list_images
 from pipeline.data.preprocess import preprocess
 from pipeline.data.ray_rows import read_split, to_rows
 from pipeline.data.rows import RawDataset
+from pipeline.devices import cpu_name
 from pipeline.storage import Storage, sha256_of_file
-from pipeline.tracking.provenance import cpu_name
 
 STEPS = ("listing", "headers", "ingest", "preprocess")
 CLASSES = 1000

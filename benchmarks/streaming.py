@@ -39,8 +39,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.devices import cpu_name
 from pipeline.storage import sha256_of_file
-from pipeline.tracking.provenance import cpu_name
 
 READERS = Path(__file__).parent / "stream_readers"
 OWN = "shards"

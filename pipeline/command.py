@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.devices import GpuError
+from pipeline.devices import DeviceError
 from pipeline.masking import mask
 
 # The libraries read these when they are imported. What the user has set takes precedence.
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError, 1 after a GpuError, 130
+    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError, 1 after a DeviceError, 130
     after Ctrl-C.
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
@@ -39,7 +39,7 @@ def run_command(command: Callable[[], int]) -> int:
     except ValueError as error:
         say_error(f"error: {error}")
         return 2
-    except GpuError as error:
+    except DeviceError as error:
         say_error(f"error: {error}")
         return 1
     except KeyboardInterrupt:

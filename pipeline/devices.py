@@ -1,14 +1,137 @@
-"""Makes sure that a process to which Ray gave a GPU computes on one; TensorFlow would take the CPU silently."""
+"""Everything that depends on the device of a process, in one place: what TensorFlow is told, and what it then used.
 
+A process to which Ray gave a GPU computes on one or ends with an error; TensorFlow would take the CPU silently.
+"""
+
+import contextlib
 import os
+import platform
 import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 CHECK_SECONDS = 60.0
 """How long a check in the cluster waits for a free GPU. Where none gets free, the process itself checks later."""
 
 
-class GpuError(RuntimeError):
+class DeviceError(RuntimeError):
+    """A process cannot compute on its device; the message has the remedy."""
+
+
+class GpuError(DeviceError):
     """A process was given a GPU on which TensorFlow cannot compute."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The memory of a device does not suffice."""
+
+
+def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
+    """Tells TensorFlow what this process may use. To be called before the first operation.
+
+    Args:
+        threads: Number of threads of its two pools, which would otherwise take all cores of the host.
+        use_gpu: Whether to compute on the first GPU that Ray has left visible; if not, on none. Its memory is taken as
+            it is needed, since the driver, other libraries and perhaps other processes need some too.
+    """
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    if gpus := tf.config.list_physical_devices("GPU"):
+        used = gpus[: int(use_gpu)]
+        tf.config.set_visible_devices(used, "GPU")
+        for device in used:
+            tf.config.experimental.set_memory_growth(device, True)
+
+
+def communication_options(use_gpu: bool) -> Any:
+    """How the workers of a `MultiWorkerMirroredStrategy` sum: with NCCL between GPUs, else in a ring over gRPC."""
+    import tensorflow as tf
+
+    implementations = tf.distribute.experimental.CommunicationImplementation
+    implementation = implementations.NCCL if use_gpu else implementations.AUTO
+    return tf.distribute.experimental.CommunicationOptions(implementation=implementation)
+
+
+def best_precision(capability: tuple[int, int]) -> str:
+    """The Keras dtype policy for a GPU of this CUDA compute capability.
+
+    GPUs multiply bfloat16 in their matrix units from 8.0 (Ampere) on, and float16 from 7.0 (Volta) on. Older ones have
+    no such units.
+    """
+    if capability >= (8, 0):
+        return "mixed_bfloat16"
+    return "mixed_float16" if capability >= (7, 0) else "float32"
+
+
+def precision_advice(precision: str) -> str:
+    """A line if the GPU of this process has no units for the dtype of `train.precision`; else an empty string."""
+    for name, capability in _gpus():
+        best = best_precision(capability)
+        if precision != best and not (
+            precision == "float32" or (precision == "mixed_float16" and capability >= (7, 0))
+        ):
+            return (
+                f"train.precision = {precision} is slow on {name}, whose compute capability is {capability[0]}."
+                f"{capability[1]}: --train.precision {best} suits it"
+            )
+    return ""
+
+
+def used_device() -> str:
+    """Name of the device on which TensorFlow computes in this process: that of the GPU, or else of the processor."""
+    import tensorflow as tf
+
+    if tf.config.list_logical_devices("GPU"):
+        return _gpus()[0][0]
+    return f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def used_gpus() -> int:
+    """Number of GPUs on which TensorFlow computes in this process."""
+    import tensorflow as tf
+
+    return len(tf.config.list_logical_devices("GPU"))
+
+
+def cpu_name() -> str:
+    """Name of the processor as the kernel has it, or else of its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _gpus() -> list[tuple[str, tuple[int, int]]]:
+    """Name and compute capability of each GPU that TensorFlow may use in this process."""
+    import tensorflow as tf
+
+    details = [tf.config.experimental.get_device_details(each) for each in tf.config.get_visible_devices("GPU")]
+    return [(each.get("device_name", "GPU"), each.get("compute_capability", (0, 0))) for each in details]
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Gives an error of TensorFlow that says that memory is exhausted one message with a remedy.
+
+    Raises:
+        OutOfMemoryError: instead of such an error; names the device, the host and what could not be allocated.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.OpError as error:
+        # A status of this kind also says that a message of the network is too long; XLA has another status.
+        said = [line for line in error.message.splitlines() if "OOM when" in line or "out of memory" in line.lower()]
+        if not said:
+            raise
+        raise OutOfMemoryError(
+            f"the memory of {used_device()} on {socket.gethostname()} does not suffice: {said[0].strip()}: {remedy}"
+        ) from error
 
 
 def require_gpu(option: str) -> None:
@@ -31,9 +154,9 @@ def require_gpu(option: str) -> None:
     if not driver:
         remedy = "install NVIDIA's driver on that host, and give containers access to it"
     elif not build.get("is_cuda_build"):
-        remedy = "install a TensorFlow that was built with CUDA there"
+        remedy = "install requirements-gpu.txt there, whose TensorFlow is built with CUDA"
     else:
-        remedy = "install the CUDA libraries there: pip install 'keras-perceiver-ray[gpu]'"
+        remedy = "install the CUDA libraries there: requirements-gpu.txt has them"
     raise GpuError(
         f"{option}: Ray gave a process on {socket.gethostname()} the GPU {visible!r} (CUDA_VISIBLE_DEVICES), but "
         f"TensorFlow {tf.__version__}, built {cuda}, sees none there; NVIDIA's driver is "
@@ -82,6 +205,15 @@ def require_gpu_in_cluster(option: str) -> None:
         if isinstance(error.cause, GpuError):
             raise error.cause from None
         raise
+
+
+def mention_unused_gpus(option: str, say: Callable[[str], None]) -> None:
+    """Says so if the cluster has GPUs, which a command that computes on CPUs leaves alone."""
+    import ray
+
+    if gpus := ray.cluster_resources().get("GPU"):
+        has = "1 GPU" if gpus == 1 else f"{gpus:g} GPUs"
+        say(f"the cluster has {has}, and this run computes on CPUs: --{option.replace('_', '-')} uses them")
 
 
 def _negated(option: str) -> str:

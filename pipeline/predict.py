@@ -31,6 +31,8 @@ def run() -> int:
         summary = predict(options, console)
     done = f"{summary['rows']:,} images done, {summary['errors']} of them could not be read: {options.output}"
     console.print(escape(mask(done)))
+    if summary["devices"]:
+        console.print(escape(f"classified on {', '.join(summary['devices'])}"))
     if summary["rows"] == summary["errors"]:
         say_error("error: none of the images could be classified; the column `error` of the results says why")
         return 1

@@ -4,6 +4,7 @@ Ray is told of GPUs that do not exist, as on a host whose TensorFlow lacks the C
 tests hide one that is there.
 """
 
+import json
 import os
 import re
 import signal
@@ -12,10 +13,35 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from image_models import IMAGE_SHAPE, save_model
 
-from pipeline.devices import GpuError, multiply_on_gpu, require_gpu
+from perceiver.config import PerceiverConfig
+from perceiver.model import Perceiver
+from pipeline import devices
+from pipeline.data.image_files import Part, read_part
+from pipeline.data.rows import Rows
+from pipeline.devices import (
+    GpuError,
+    OutOfMemoryError,
+    best_precision,
+    communication_options,
+    memory_errors,
+    multiply_on_gpu,
+    require_gpu,
+    set_up_tensorflow,
+    used_device,
+    used_gpus,
+)
+from pipeline.inference import classifier
+from pipeline.storage import Storage
+from pipeline.training.config import TrainingConfig
+from pipeline.training.worker import Worker
+from pipeline.workers import in_process
 
 ROOT = Path(__file__).parents[1]
 SEES_NONE = r"use.gpu: Ray gave a process on \S+ the GPU .* TensorFlow \S+, built .*, sees none there; NVIDIA's"
@@ -75,3 +101,145 @@ def test_gpus_that_nobody_asked_for_are_mentioned(cluster: str, tmp_path: Path) 
     code, output, errors = run(cluster, *RUN, str(tmp_path), "--until", "ingest")
     assert code == 0, errors
     assert "the cluster has 2 GPUs, and this run computes on CPUs: --train.use-gpu" in output
+
+
+def predict(folder: Path) -> tuple[str, ...]:
+    """A command that classifies three images, with a model of its own."""
+    if not (folder / "model").exists():
+        save_model(folder / "model")
+        np.savez(folder / "images.npz", images=np.zeros((3, *IMAGE_SHAPE), np.uint8))
+    names = ("model", "images.npz", "results")
+    return ("-m", "pipeline.predict", *(str(folder / name) for name in names), "--trust", "--num-actors", "1")
+
+
+def test_predict_ends_before_an_image_is_classified(cluster: str, tmp_path: Path) -> None:
+    command = predict(tmp_path)
+    start = time.monotonic()
+    code, _, errors = run(cluster, *command, "--use-gpu")
+    assert code == 1, errors
+    assert re.search(f"^error: {SEES_NONE}", errors)
+    assert "--no-use-gpu" in errors
+    assert "Traceback" not in errors
+    assert time.monotonic() - start < 60
+    assert not list((tmp_path / "results").glob("*.parquet")), "results were written"
+    assert not (tmp_path / "results/_done.json").exists()
+
+
+def test_predict_mentions_gpus_that_nobody_asked_for_and_names_what_it_used(cluster: str, tmp_path: Path) -> None:
+    code, output, errors = run(cluster, *predict(tmp_path))
+    assert code == 0, errors
+    assert "the cluster has 2 GPUs, and this run computes on CPUs: --use-gpu" in output
+    assert f"classified on {used_device()}" in output
+
+
+@pytest.mark.slow
+def test_a_run_on_cpus_of_a_cluster_with_gpus_records_no_gpu(cluster: str, tmp_path: Path) -> None:
+    short = ("--train.epochs", "1", "--search.num-trials", "0", "--until", "train")
+    code, _, errors = run(cluster, *RUN, str(tmp_path), *short)
+    assert code == 0, errors
+    (manifest,) = tmp_path.glob("tasks/train/*/manifest.json")
+    output = json.loads(manifest.read_text())["output"]
+    assert output["device"] == used_device()
+    assert output["gpus_per_worker"] == 0
+    assert [epoch["num_gpus"] for epoch in output["history"]] == [0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [
+        ((3, 5), "float32"),  # Kepler
+        ((6, 1), "float32"),  # Pascal
+        ((7, 0), "mixed_float16"),  # Volta
+        ((7, 5), "mixed_float16"),  # Turing
+        ((8, 0), "mixed_bfloat16"),  # Ampere
+        ((8, 9), "mixed_bfloat16"),  # Ada
+        ((9, 0), "mixed_bfloat16"),  # Hopper
+        ((10, 0), "mixed_bfloat16"),  # Blackwell
+        ((12, 0), "mixed_bfloat16"),
+    ],
+)
+def test_the_precision_follows_from_the_compute_capability(capability: tuple[int, int], precision: str) -> None:
+    assert best_precision(capability) == precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "expected"),
+    [
+        ("mixed_bfloat16", (7, 0), "train.precision = mixed_bfloat16 is slow on V100, .* 7.0: .* mixed_float16 suits"),
+        ("mixed_float16", (6, 1), "mixed_float16 is slow on V100, .* 6.1: --train.precision float32 suits it"),
+        ("mixed_float16", (9, 0), "^$"),
+        ("mixed_bfloat16", (8, 0), "^$"),
+        ("float32", (9, 0), "^$"),
+    ],
+)
+def test_a_precision_that_a_gpu_has_no_units_for_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(devices, "_gpus", lambda: [("V100", capability)])
+    assert re.search(expected, devices.precision_advice(precision))
+
+
+def test_workers_on_gpus_sum_with_nccl() -> None:
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    assert communication_options(use_gpu=True).implementation == kinds.NCCL
+    assert communication_options(use_gpu=False).implementation == kinds.AUTO
+
+
+@pytest.mark.parametrize(("use_gpu", "expected"), [(True, ["first"]), (False, [])])
+def test_a_process_uses_one_gpu_and_only_if_it_was_asked_to(
+    monkeypatch: pytest.MonkeyPatch, use_gpu: bool, expected: list[str]
+) -> None:
+    said: dict[str, Any] = {"growth": []}
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["first", "second"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda found, kind: said.update({kind: found}))
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda each, on: said["growth"].append(each))
+    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, name, lambda number: None)  # TensorFlow may run here already
+    set_up_tensorflow(2, use_gpu)
+    assert said == {"GPU": expected, "growth": expected}
+    assert used_gpus() == 0, "this process has none"
+
+
+OOM = "OOM when allocating tensor with shape[9,9] and type float on /job:localhost/device:GPU:0 by allocator GPU_0_bfc"
+
+
+def exhausted(*_: object, **__: object) -> None:
+    raise tf.errors.ResourceExhaustedError(None, None, f"Graph execution error:\n\n{OOM}\n\t [[{{{{node a}}}}]]")
+
+
+def test_exhausted_memory_in_a_training_is_one_message_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_process, "set_up_tensorflow", lambda threads, use_gpu: None)  # it may run already
+    monkeypatch.setattr(Perceiver, "fit", exhausted)
+    shape: dict[str, Any] = {"stem": "patches", "patch_size": 4, "data_dim": 4, "num_latents": 2, "latent_dim": 4}
+    model = PerceiverConfig(image_shape=(8, 8, 1), num_classes=3, num_self_attention_heads=1, **shape)
+    rows = Rows(np.arange(8), np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32))
+    config = TrainingConfig(num_workers=1, epochs=1, global_batch_size=8)
+    message = (
+        rf"^the memory of .* on \S+ does not suffice: {re.escape(OOM)}: a worker has 8 rows of each step: take more "
+        r"workers than 1, or give --train.precision mixed_bfloat16 .*--model.remat, or a smaller "
+        r"--train.global-batch-size$"
+    )
+    with pytest.raises(OutOfMemoryError, match=message):
+        in_process.train_in_process(model, config, rows, rows, Worker(report=lambda metrics, folder: None))
+
+
+def test_exhausted_memory_in_an_actor_names_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(classifier, "set_up_tensorflow", lambda threads, use_gpu: None)
+    save_model(tmp_path / "model")
+    files = {
+        str(p.relative_to(tmp_path / "model")): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()
+    }
+    actor = classifier.Classifier(files, "model", Storage(str(tmp_path / "out")), 1, batch_size=64, use_gpu=False)
+    actor._apply = exhausted  # type: ignore[assignment]
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, *IMAGE_SHAPE), np.uint8))
+    rows = read_part(Part(0, 0, ("images.npz",), 0, 2), "npz", Storage(str(tmp_path)), IMAGE_SHAPE, resize=None)
+    with pytest.raises(OutOfMemoryError, match=r"OOM .*: give fewer images at a time than --batch-size 64$"):
+        actor(rows)
+
+
+def test_other_exhausted_resources_stay_what_they_are() -> None:
+    too_long = tf.errors.ResourceExhaustedError(None, None, "Received message larger than max (9 vs. 4)")
+    with pytest.raises(tf.errors.ResourceExhaustedError, match="larger than max"), memory_errors("remedy"):
+        raise too_long
+    with pytest.raises(OutOfMemoryError, match=r"remedy$"), memory_errors("remedy"):
+        raise tf.errors.InternalError(None, None, "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")

@@ -104,11 +104,11 @@ def to_rows(dataset: ray.data.Dataset | ray.data.DataIterator) -> Rows:
 
 
 @contextlib.contextmanager
-def own_errors() -> Iterator[None]:
-    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback."""
+def own_errors(other: type[Exception] = ValueError) -> Iterator[None]:
+    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback; or an `other`."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, (ValueError, other)):
             raise error.cause from None
         raise

@@ -103,8 +103,8 @@ class Progress:
         if isinstance(event, Said):
             self.say(f"{event.task:10} {escape(event.text)}")
         elif isinstance(event, WorkersStarted):
-            if event.open_ports:
-                self.say(escape(f"{'train':10} warning: {event.open_ports}"))
+            for warning in filter(None, (event.open_ports, event.precision)):
+                self.say(escape(f"{'train':10} warning: {warning}"))
             workers = escape(", ".join(event.addresses))
             self._wait("train", f"the workers at {workers} to find each other and to take their first step")
         elif isinstance(event, TrialChanged):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import ray
 
 from pipeline.command import libraries_to_log
-from pipeline.devices import require_gpu_in_cluster
+from pipeline.devices import mention_unused_gpus, require_gpu_in_cluster
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
 from pipeline.workflow.cluster import address_to_join, check_storage, join_or_start
@@ -52,8 +52,8 @@ def _check_gpus(config: PipelineConfig, say: Callable[[str], None]) -> None:
     """Tries one of the GPUs that `config` asks for; says so if it asks for none of those that are there."""
     if config.train.use_gpu:
         require_gpu_in_cluster("train.use_gpu")
-    elif gpus := ray.cluster_resources().get("GPU"):
-        say(f"the cluster has {gpus:g} GPUs, and this run computes on CPUs: --train.use-gpu gives every worker a GPU")
+    else:
+        mention_unused_gpus("train.use_gpu", say)
 
 
 def _wait_for_nodes(config: PipelineConfig, say: Callable[[str], None]) -> None:

@@ -134,11 +134,12 @@ class RunLog:
             "median_images_per_second": output["images_per_second"],
             "parameters": cost.parameter_count(model),
             "forward_gflops_per_image": 2 * cost.macs_per_image(model) / 1e9,
-            **training_cost(output["history"], train.cpus_per_worker, int(train.use_gpu)),
+            **training_cost(output["history"], train.cpus_per_worker),
         }
         history = tuple(map(_stamped, output["history"]))
         resolved = json.dumps({"model": asdict(model), "train": asdict(train)}, indent=1)
-        self._record("train", history=history, metrics=metrics, texts={"resolved.json": resolved})
+        tags = {"device": output["device"]} if "device" in output else {}  # trainings of earlier versions name none
+        self._record("train", history=history, metrics=metrics, tags=tags, texts={"resolved.json": resolved})
 
     def __enter__(self) -> "RunLog":
         return self

@@ -3,7 +3,6 @@
 `evaluate` takes arrays and returns arrays and JSON-able results; it uses neither tasks nor storage.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from sklearn.metrics import confusion_matrix
 from perceiver.model import Perceiver, attention_maps
 from pipeline.data.rows import Rows
 from pipeline.data.sharded_rows import ShardedRows
+from pipeline.devices import used_device
 from pipeline.evaluation.calibration import fit_temperature, reliability
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.corruptions import CORRUPTIONS, corrupt
@@ -155,7 +155,7 @@ def measure_speed(apply: Apply, images: np.ndarray, calls: int) -> dict[str, Any
         "batch_1_median_ms": float(np.median(single)),
         "batch_1_p95_ms": float(np.percentile(single, 95)),
         "batch_256_images_per_second": float(BATCH_SIZE / np.median(batched)),
-        "device": "GPU" if tf.config.list_physical_devices("GPU") else f"CPU, {len(os.sched_getaffinity(0))} cores",
+        "device": used_device(),
     }
 
 

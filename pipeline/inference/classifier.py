@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.image_files import Part, read_part
-from pipeline.devices import multiply_on_gpu, require_gpu
+from pipeline.devices import memory_errors, multiply_on_gpu, require_gpu, set_up_tensorflow, used_device
 from pipeline.registry.fetch import RegisteredModel
 from pipeline.storage import Storage
 
@@ -51,10 +51,7 @@ class Classifier:
         self, files: dict[str, bytes], source: str, output: Storage, threads: int, batch_size: int, use_gpu: bool
     ) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import tensorflow as tf
-
-        tf.config.threading.set_intra_op_parallelism_threads(threads)
-        tf.config.threading.set_inter_op_parallelism_threads(threads)
+        set_up_tensorflow(threads, use_gpu)
         if use_gpu:
             require_gpu("use_gpu")
             multiply_on_gpu("use_gpu")
@@ -64,8 +61,10 @@ class Classifier:
                 (Path(folder) / path).write_bytes(data)
             model = RegisteredModel.from_folder(Path(folder), source, trust=True)  # the job has checked it
             self._apply, self._names = model.load(), model.label_names
-            self._apply(np.zeros((1, *model.image_shape), np.uint8))
-        self._output, self._batch_size = output, batch_size
+            self._remedy = f"give fewer images at a time than --batch-size {batch_size}"
+            with memory_errors(self._remedy):
+                self._apply(np.zeros((1, *model.image_shape), np.uint8))
+        self._output, self._batch_size, self._device = output, batch_size, used_device()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Classifies one part and writes its results.
@@ -74,12 +73,17 @@ class Classifier:
             rows: Rows of the part, as `read_part` returns them.
 
         Returns:
-            A table with one row: `rows` and `errors` are counts, `began` and `ended` are seconds since 1970.
+            A table with one row: `rows` and `errors` are counts, `began` and `ended` are seconds since 1970, `device`
+            is the name of the device.
+
+        Raises:
+            OutOfMemoryError: If the device has too little memory for a batch.
         """
         began, part = time.time(), rows["part"][0].as_py()
         images = rows["image"].combine_chunks().to_numpy_ndarray()
         starts = range(0, len(images), self._batch_size)
-        probabilities = np.concatenate([self._apply(images[i : i + self._batch_size]) for i in starts])
+        with memory_errors(self._remedy):
+            probabilities = np.concatenate([self._apply(images[i : i + self._batch_size]) for i in starts])
         broken = rows["error"].is_valid().to_numpy()
         winner = probabilities.argmax(axis=1)
         # Lists of variable size, because pyarrow 25 cannot read null values of fixed-size lists from Parquet.
@@ -99,9 +103,8 @@ class Classifier:
         pq.write_table(result, sink, compression="zstd")
         # The write is atomic: if the file exists, the part is done.
         self._output.write_bytes(file_name(part), sink.getvalue().to_pybytes())
-        return pa.table(
-            {"rows": [len(images)], "errors": [int(broken.sum())], "began": [began], "ended": [time.time()]}
-        )
+        counts = {"rows": [len(images)], "errors": [int(broken.sum())]}
+        return pa.table(counts | {"began": [began], "ended": [time.time()], "device": [self._device]})
 
 
 def count_errors(output: Storage, parts: Iterable[int]) -> int:

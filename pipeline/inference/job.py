@@ -21,7 +21,7 @@ from rich.markup import escape
 from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
 from pipeline.data.ray_rows import own_errors
-from pipeline.devices import require_gpu_in_cluster
+from pipeline.devices import DeviceError, mention_unused_gpus, require_gpu_in_cluster
 from pipeline.inference.classifier import PART_PREFIX, Classifier, count_errors, file_name, read
 from pipeline.inference.config import PredictOptions
 from pipeline.registry.fetch import RegisteredModel, fetch
@@ -43,12 +43,13 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
         console: Shows the progress.
 
     Returns:
-        `parts`, `rows` and `errors` of the whole job; `new_rows`, the rows of this call, and their `images_per_second`
-        from the first work of an actor, without the start of Ray and of the actors.
+        `parts`, `rows` and `errors` of the whole job; `new_rows`, the rows of this call, their `images_per_second`
+        from the first work of an actor, without the start of Ray and of the actors, and the `devices` that did it.
 
     Raises:
         ValueError: If the model or the input cannot be used, the output holds results of another job, or no node of the
             cluster has room for a process that classifies.
+        DeviceError: If a process cannot compute on the GPU that was asked for, or its memory does not suffice.
     """
     progress = _JobProgress(console)
     output = open_storage(options.output, "output")
@@ -70,6 +71,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
             _check_room(options)
             if options.use_gpu:
                 require_gpu_in_cluster("use_gpu")
+            else:
+                mention_unused_gpus("use_gpu", console.print)
             with progress.waiting(f"a process with {_needs(options)}"):
                 for finished in _predictions(options, model, source, output, todo):
                     progress.add(finished)
@@ -82,7 +85,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
     for name in output.list(""):
         if name.endswith(".tmp"):  # from processes that were killed while writing
             output.delete(name)
-    return done | {"new_rows": progress.rows, "images_per_second": progress.images_per_second}
+    new = {"images_per_second": progress.images_per_second, "devices": sorted(progress.devices)}
+    return done | {"new_rows": progress.rows} | new
 
 
 def _predictions(
@@ -119,7 +123,7 @@ def _predictions(
         },
     )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    with own_errors():
+    with own_errors(DeviceError):
         yield from done.iter_rows()
 
 
@@ -197,12 +201,17 @@ def _claim(output: Storage, job: dict[str, Any]) -> None:
 
 
 class _JobProgress:
-    """Counts the rows of a job and prints its progress, at most once per second."""
+    """Counts the rows of a job and prints its progress, at most once per second.
+
+    Attributes:
+        devices: Names of the devices that classified.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._rows = self._errors = 0
         self._began, self._ended, self._printed = math.inf, 0.0, 0.0
+        self.devices: set[str] = set()
 
     def begin(self, source: ImageInput, todo: list[Part]) -> None:
         """Starts the count; parts that are not in `todo` were done by an earlier call."""
@@ -232,6 +241,7 @@ class _JobProgress:
         self._wait.cancel()
         self._rows += part["rows"]
         self._errors += part["errors"]
+        self.devices.add(part["device"])
         self._began, self._ended = min(self._began, part["began"]), max(self._ended, part["ended"])
         if time.monotonic() - self._printed < 1 and self._rows < self._todo:
             return

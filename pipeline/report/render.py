@@ -31,7 +31,7 @@ class ReportInputs:
         macs_per_image: multiply-accumulate operations of a forward pass for one image.
         workers: number of training workers.
         cpus_per_worker: CPUs of each training worker.
-        gpus_per_worker: GPUs of each training worker.
+        gpus_per_worker: GPUs on which each training worker computed.
         run_id: id of the MLflow run, if there is one.
     """
 
@@ -174,6 +174,7 @@ def _cost_rows(inputs: ReportInputs) -> list[list[str]]:
     rows = [
         ["training, images/s (median)", f"{train['images_per_second']:,.0f}"],
         ["training workers", f"{inputs.workers}, {inputs.cpus_per_worker:g} CPU each"],
+        *([["training computed on", train["device"]]] if "device" in train else []),
         ["training, core-hours", number(hours * inputs.cpus_per_worker)],
     ]
     if inputs.gpus_per_worker:

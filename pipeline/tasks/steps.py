@@ -189,7 +189,7 @@ def report(context: Context) -> dict[str, Any]:
             macs_per_image=cost.macs_per_image(model),
             workers=inputs["train"]["num_workers"],
             cpus_per_worker=training.cpus_per_worker,
-            gpus_per_worker=int(training.use_gpu),
+            gpus_per_worker=inputs["train"].get("gpus_per_worker", 0),
             run_id=inputs["register"]["run_id"],
         )
     return {"report": storage.write_verified(f"{context.out}/{REPORT_FILE}", render(report_inputs).encode())}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.devices import cpu_name
 from pipeline.masking import mask, masked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,15 +86,6 @@ def _packages() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def cpu_name() -> str:
-    """Name of the processor as the kernel has it, or else of its architecture."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def _gpus() -> list[str]:
     """Names of the GPUs as the NVIDIA driver lists them; loads no library, because that would use GPU memory."""
     found = []
@@ -104,18 +96,19 @@ def _gpus() -> list[str]:
     return found
 
 
-def training_cost(
-    history: Sequence[Mapping[str, float]], cpus_per_worker: float, gpus_per_worker: int
-) -> dict[str, float]:
-    """Cost of a training over all workers: `gpu_hours` if the workers have GPUs, else `core_hours`.
+def training_cost(history: Sequence[Mapping[str, float]], cpus_per_worker: float) -> dict[str, float]:
+    """Cost of a training over all workers: `gpu_hours` of the epochs that computed on GPUs, `core_hours` of the others.
 
     Args:
-        history: `seconds` and `num_workers` of each epoch; the number of workers may change between epochs.
+        history: `seconds`, `num_workers` and, if there were any, `num_gpus` of each epoch, as the workers saw them. The
+            numbers may change between epochs.
+        cpus_per_worker: CPUs of each worker.
     """
-    worker_hours = sum(epoch["seconds"] * epoch["num_workers"] for epoch in history) / 3600
-    if gpus_per_worker:
-        return {"gpu_hours": worker_hours * gpus_per_worker}
-    return {"core_hours": worker_hours * cpus_per_worker}
+    gpu_seconds = sum(epoch["seconds"] * epoch.get("num_gpus", 0) for epoch in history)
+    on_cpus = [epoch for epoch in history if not epoch.get("num_gpus")]
+    core_seconds = sum(epoch["seconds"] * epoch["num_workers"] * cpus_per_worker for epoch in on_cpus)
+    found = {"gpu_hours": gpu_seconds / 3600, "core_hours": core_seconds / 3600}
+    return {name: hours for name, hours in found.items() if hours}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from perceiver.model import Perceiver
 from pipeline import multiworker
 from pipeline.data.rows import Rows, RowSource
 from pipeline.data.streamed_rows import StreamedRows
-from pipeline.devices import multiply_on_gpu
+from pipeline.devices import communication_options, multiply_on_gpu
 from pipeline.training import checkpoint
 from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint import TrainingState
@@ -56,9 +56,9 @@ def fit(
 
     The report of an epoch has its metrics and a checkpoint. The metrics are `epoch`, `loss`, `accuracy`,
     `top5_accuracy`, the same three with `val_`, `learning_rate`, `seconds`, `checkpoint_seconds`, `num_workers`,
-    `images_per_second` and those of `StepClock.metrics`. `config.checkpoint_every_steps` adds checkpoints within an
-    epoch. The last checkpoint also holds `model.keras`, the model with the weights of the epoch that had the lowest
-    validation loss.
+    `num_gpus`, `images_per_second` and those of `StepClock.metrics`. `config.checkpoint_every_steps` adds checkpoints
+    within an epoch. The last checkpoint also holds `model.keras`, the model with the weights of the epoch that had the
+    lowest validation loss.
 
     Args:
         model_config: Model settings with the pixel statistics of the data.
@@ -203,7 +203,4 @@ def _check_size(file: Path, most: int) -> None:
 def _strategy(config: TrainingConfig, worker: Worker) -> tf.distribute.Strategy:
     if worker.num_workers == 1:
         return tf.distribute.get_strategy()
-    communication = tf.distribute.experimental.CommunicationImplementation
-    implementation = communication.NCCL if config.use_gpu else communication.AUTO
-    options = tf.distribute.experimental.CommunicationOptions(implementation=implementation)
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=communication_options(config.use_gpu))

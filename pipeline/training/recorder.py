@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from pipeline import multiworker
+from pipeline.devices import used_gpus
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
@@ -79,6 +80,7 @@ class Recorder(keras.callbacks.Callback):
             # Of all checkpoints since the last epoch's metrics; the one at the end of this epoch comes later.
             "checkpoint_seconds": self._checkpoint_seconds,
             "num_workers": self.worker.num_workers,
+            "num_gpus": used_gpus() * self.worker.num_workers,  # each worker has as many
             "images_per_second": self.clock.images_per_second,
             **self.clock.metrics(),
         }

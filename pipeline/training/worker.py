@@ -25,10 +25,12 @@ class WorkersStarted:
     Attributes:
         addresses: `host:port` of each.
         open_ports: A warning if strangers can connect to these ports; else empty.
+        precision: A warning if the devices are slow at the precision of the training; else empty.
     """
 
     addresses: tuple[str, ...]
     open_ports: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
 from pipeline.data.streamed_rows import StreamedRows
-from pipeline.devices import require_gpu
+from pipeline.devices import memory_errors, require_gpu, set_up_tensorflow
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
 from pipeline.workflow.task import StoppedEarly
@@ -30,6 +30,7 @@ def train_in_process(
         StoppedEarly: after a stop request.
         TrainingError: if the loss became NaN or infinite, or the initial weights do not fit the model.
         GpuError: if TensorFlow cannot compute on the GPU that `config` asks for.
+        OutOfMemoryError: if the memory of the device does not suffice.
         CorruptFileError, OSError: if a shard of streamed rows cannot be read.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -38,18 +39,14 @@ def train_in_process(
 
     from pipeline.training.fit import fit
 
-    # Ray sets no threads for TensorFlow, which would take all cores of the host for every worker.
-    threads = max(1, int(config.cpus_per_worker))
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    tf.config.threading.set_inter_op_parallelism_threads(threads)
-    for device in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(device, True)
+    set_up_tensorflow(max(1, int(config.cpus_per_worker)), config.use_gpu)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     if config.use_gpu:
         require_gpu("train.use_gpu")
     try:
-        fit(model, config, train, validation, worker, class_counts)
+        with memory_errors(_memory_remedy(config, worker.num_workers)):
+            fit(model, config, train, validation, worker, class_counts)
     except Interrupted as error:
         raise StoppedEarly from error
     except (InitialModelError, NotFinite) as error:
@@ -59,3 +56,13 @@ def train_in_process(
             if isinstance(rows, StreamedRows) and rows.failure:
                 raise rows.failure from error  # without TensorFlow's wrapping
         raise
+
+
+def _memory_remedy(config: TrainingConfig, num_workers: int) -> str:
+    ways = ["--model.remat", "a smaller --train.global-batch-size"]
+    if config.precision == "float32":
+        ways.insert(0, "--train.precision mixed_bfloat16 (float16 on GPUs before Ampere)")
+    return (
+        f"a worker has {config.global_batch_size // num_workers} rows of each step: take more workers than "
+        f"{num_workers}, or give {', or '.join(ways)}"
+    )

@@ -16,7 +16,7 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.util import get_node_ip_address
 
-from pipeline.devices import GpuError, require_gpu
+from pipeline.devices import GpuError, precision_advice, require_gpu
 from pipeline.training.worker import WorkersStarted
 from pipeline.workers.port_filter import PortGuard, restrict
 from pipeline.workflow.channel import Channel
@@ -40,10 +40,12 @@ class TensorFlowConfig(BackendConfig):
     Attributes:
         channel: Gets `WorkersStarted` whenever all workers of a group run.
         use_gpu: Whether each worker must compute on a GPU.
+        precision: Keras dtype policy of the training.
     """
 
     channel: Channel
     use_gpu: bool
+    precision: str = "float32"
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -52,14 +54,14 @@ class TensorFlowConfig(BackendConfig):
 
 class _TensorFlowBackend(Backend):
     def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
-        worker_group.execute(_import_tensorflow, backend_config.use_gpu)
+        advice = worker_group.execute(_import_tensorflow, backend_config.use_gpu, backend_config.precision)
         found = worker_group.execute(_free_address)  # not before, for the ports are free only for the moment
         addresses, refused = [address for address, _ in found], [refusal for _, refusal in found if refusal]
         if len({address.rpartition(":")[0] for address in addresses}) == 1:
             # On one host nothing needs to leave it.
             addresses = [f"{LOOPBACK}:{address.rpartition(':')[2]}" for address in addresses]
         open_ports = refused[0] if refused and len(addresses) > 1 else ""
-        backend_config.channel.report(WorkersStarted(tuple(addresses), open_ports))
+        backend_config.channel.report(WorkersStarted(tuple(addresses), open_ports, next(filter(None, advice), "")))
         seen = worker_group.execute(_addresses_seen, addresses)
         ray.get(
             [
@@ -96,7 +98,8 @@ def guard_port() -> Callable[[], None]:
     return check
 
 
-def _import_tensorflow(use_gpu: bool) -> None:
+def _import_tensorflow(use_gpu: bool, precision: str) -> str:
+    """Imports TensorFlow and looks for the GPU, if there must be one; what there is to say of its precision."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         importlib.import_module("tensorflow")
@@ -110,6 +113,7 @@ def _import_tensorflow(use_gpu: bool) -> None:
             require_gpu("train.use_gpu")
         except GpuError as error:
             raise WorkerError(str(error)) from error
+    return precision_advice(precision) if use_gpu else ""
 
 
 def _free_address() -> tuple[str, str]:

@@ -23,7 +23,7 @@ from pipeline.data.rows import Rows
 from pipeline.data.shard_cache import CacheError
 from pipeline.data.shard_reader import ShardUnavailableError
 from pipeline.data.streamed_rows import StreamedRows
-from pipeline.devices import GpuError
+from pipeline.devices import DeviceError, OutOfMemoryError, used_device, used_gpus
 from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
 from pipeline.training.config import TrainingConfig
@@ -69,7 +69,8 @@ def train(
 
     Returns:
         `history` (metrics of every epoch), `images_per_second` (median over the epochs), `epochs`, `best_epoch`,
-        `num_workers` (those that trained last) and `checkpoint`, the storage path of a folder that holds `model.keras`.
+        `num_workers` (those that trained last), `gpus_per_worker` and `device` (what they computed on, by name) and
+        `checkpoint`, the storage path of a folder that holds `model.keras`.
 
     Raises:
         CorruptShardError: if a shard is not what the manifest says.
@@ -102,7 +103,7 @@ def train(
             "storage": storage,
             "corrupt": corrupt,
         },
-        backend_config=TensorFlowConfig(channel, config.use_gpu),
+        backend_config=TensorFlowConfig(channel, config.use_gpu, config.precision),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
@@ -148,7 +149,7 @@ def train(
         "epochs": len(history),
         "best_epoch": min(history, key=lambda epoch: epoch["val_loss"])["epoch"],
         "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
-        "num_workers": outcome["num_workers"],
+        **{name: outcome[name] for name in ("num_workers", "gpus_per_worker", "device")},
         "checkpoint": checkpoint,
     }
 
@@ -164,8 +165,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             `streamed` and the storage path `corrupt`, where a worker names a shard that is not what the manifest says.
 
     Returns:
-        `num_workers` that trained and the name of the last `checkpoint`; or, if another try would fail too, `error` or
-        the arguments of a `CorruptShardError`, `corrupt`.
+        `num_workers` that trained, `gpus_per_worker`, the `device` of this one and the name of the last `checkpoint`;
+        or, if another try would fail too, `error` or the arguments of a `CorruptShardError`, `corrupt`.
     """
     context = ray.train.get_context()
     config = TrainingConfig(**settings["train"])
@@ -238,6 +239,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             preempted = is_preempted()
         except TrainingError as failure:
             error = str(failure)  # raising would start the workers again, only to fail again
+        except OutOfMemoryError as failure:
+            if num_workers > 1:
+                raise  # the others wait for this worker
+            error = str(failure)
         except CorruptFileError as failure:
             # The others wait for this worker, so it has to raise. Those that are started again find it named.
             named = [failure.path, failure.expected, failure.found]
@@ -247,7 +252,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         broadcast_from_rank_zero(False)
     if preempted:
         raise WorkerError("a host of the workers is about to be taken away; the checkpoint of the last step is whole")
-    return {"error": error} if error else {"num_workers": num_workers, "checkpoint": newest}
+    if error:
+        return {"error": error}
+    used = {"gpus_per_worker": used_gpus(), "device": used_device()}
+    return {"num_workers": num_workers, "checkpoint": newest} | used
 
 
 def _named_corrupt(settings: dict[str, Any]) -> list[str | None] | None:
@@ -288,6 +296,6 @@ def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
         )
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
-    named = (CheckpointError, GpuError, WorkerError, ShardUnavailableError, CacheError)
+    named = (CheckpointError, DeviceError, WorkerError, ShardUnavailableError, CacheError)
     explained = [str(cause) for cause in causes if isinstance(cause, named)]
     return explained[0] if explained else str(error)

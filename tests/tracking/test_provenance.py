@@ -82,8 +82,18 @@ def test_files_with_settings_of_a_place_are_named_and_not_shown(tmp_path: Path) 
 
 def test_cost_counts_the_workers_of_each_epoch() -> None:
     history = [{"seconds": 1800.0, "num_workers": 4}, {"seconds": 3600.0, "num_workers": 1}]
-    assert training_cost(history, cpus_per_worker=0.5, gpus_per_worker=0) == {"core_hours": 1.5}
-    assert training_cost(history, cpus_per_worker=8, gpus_per_worker=1) == {"gpu_hours": 3.0}
+    assert training_cost(history, cpus_per_worker=0.5) == {"core_hours": 1.5}
+    on_gpus = [epoch | {"num_gpus": epoch["num_workers"]} for epoch in history]
+    assert training_cost(on_gpus, cpus_per_worker=8) == {"gpu_hours": 3.0}
+
+
+def test_what_ran_on_cpus_costs_no_gpu_hours() -> None:
+    history = [
+        {"seconds": 3600.0, "num_workers": 2, "num_gpus": 0},
+        {"seconds": 3600.0, "num_workers": 2, "num_gpus": 2},
+    ]
+    assert training_cost(history[:1], cpus_per_worker=4) == {"core_hours": 8.0}
+    assert training_cost(history, cpus_per_worker=4) == {"core_hours": 8.0, "gpu_hours": 2.0}
 
 
 def zone(root: Path, name: str, microjoules: int, most: int = 1000 * 10**6) -> Path:

@@ -46,6 +46,7 @@ EXECUTION = {
     "seconds",
     "checkpoint_seconds",
     "num_workers",
+    "num_gpus",
     "images_per_second",
     "step_ms",
     "mfu",
