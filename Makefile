@@ -1,20 +1,22 @@
 # Everything runs in .venv. It is set up on first use, and again when requirements-dev.txt or pyproject.toml changes.
+# `make set-up GPU=1` adds what TensorFlow needs on NVIDIA's GPUs, some GB; docs/gpu.md says which driver it wants.
 IS_USABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 	if $$name -c '$(IS_USABLE)' 2>/dev/null; then echo $$name; break; fi; done)
 BIN := .venv/bin
 SET_UP := .venv/.set-up
+SET_UP_GPU := .venv/.set-up-gpu
 # Errors only: pip and setuptools have many notices for those who make packages.
 QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help set-up run test test-all lint format lock clean
+.PHONY: help set-up run test test-all test-gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
-set-up: $(SET_UP) ## create .venv from requirements-dev.txt and install the project into it, editable
+set-up: $(SET_UP) $(if $(GPU),$(SET_UP_GPU)) ## create .venv and install the project into it, editable; GPU=1: for GPUs
 
 $(SET_UP): requirements-dev.txt pyproject.toml
 	@test -x $(BIN)/python || test "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12: install it" >&2; exit 1; }
@@ -26,6 +28,11 @@ $(SET_UP): requirements-dev.txt pyproject.toml
 	@touch $@
 	@echo ".venv is ready"
 
+$(SET_UP_GPU): $(SET_UP) requirements-gpu.txt
+	@echo "installs the packages of requirements-gpu.txt into .venv: some GB"
+	@$(BIN)/python -m pip install $(QUIETLY) --require-hashes -r requirements-gpu.txt
+	@touch $@
+
 run: $(SET_UP) ## run the whole pipeline on the digits of scikit-learn
 	$(BIN)/python pipeline/run.py quickstart
 
@@ -34,6 +41,9 @@ test: $(SET_UP) ## run all tests except the slow ones
 
 test-all: $(SET_UP) ## run all tests
 	$(BIN)/python -m pytest -m ""
+
+test-gpu: $(SET_UP) ## run the tests that need a GPU, after `make set-up GPU=1`
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 lint: $(SET_UP) ## check style, format and types
 	$(BIN)/ruff check
@@ -47,11 +57,14 @@ format: $(SET_UP) ## fix style and format in place
 # Keeps the locked versions if pyproject.toml allows them; `make lock UPGRADE=--upgrade` selects the newest versions.
 # The package indexes and pip options of this machine are not written to the lock files.
 lock: export CUSTOM_COMPILE_COMMAND = make lock
-lock: COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --all-build-deps \
+lock: COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe \
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options $(UPGRADE)
-lock: $(SET_UP) ## lock the dependencies of pyproject.toml in requirements.txt and requirements-dev.txt
-	$(COMPILE) --output-file requirements.txt pyproject.toml
-	$(COMPILE) --output-file requirements-dev.txt --extra dev --constraint requirements.txt pyproject.toml
+lock: GPU_EXTRA = import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["gpu"], sep="\n")
+lock: $(SET_UP) ## lock the dependencies of pyproject.toml in requirements.txt, requirements-dev.txt and requirements-gpu.txt
+	$(COMPILE) --all-build-deps --output-file requirements.txt pyproject.toml
+	$(COMPILE) --all-build-deps --output-file requirements-dev.txt --extra dev --constraint requirements.txt pyproject.toml
+	$(BIN)/python -c '$(GPU_EXTRA)' | $(COMPILE) --output-file requirements-gpu.txt --constraint requirements.txt -
 
 clean: ## remove .venv and caches; keep runs/
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build *.egg-info

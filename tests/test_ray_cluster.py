@@ -34,8 +34,13 @@ def cluster(request: pytest.FixtureRequest) -> dict[str, Any]:
     return read(request.param)
 
 
-def read(file: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / file).read_text())
+def read(file: str, gpu: bool = False) -> dict[str, Any]:
+    """The content of a file; with `gpu`, after the `sed` command in its first lines."""
+    text = (ROOT / file).read_text()
+    if gpu:
+        (command,) = re.findall(r"(?m)\bsed (?:-i )?'(.*?)' ", text)
+        text = subprocess.run(["sed", command], input=text, capture_output=True, text=True, check=True).stdout
+    return yaml.safe_load(text)
 
 
 def test_ray_accepts_the_file_and_starts_every_worker() -> None:
@@ -88,8 +93,38 @@ def test_file_mounts_are_what_an_installation_needs(cluster: dict[str, Any]) -> 
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = settings["project"]
     packages = [name.removesuffix("*") for name in settings["tool"]["setuptools"]["packages"]["find"]["include"]]
+    if cluster["provider"]["type"] == "aws":  # its workers have GPUs; the other file has a marked line
+        assert mounts.pop("~/keras-perceiver-ray/requirements-gpu.txt") == "requirements-gpu.txt"
     needed = {"pyproject.toml", "requirements.txt", project["readme"], *project["license-files"], *packages}
     assert set(mounts.values()) == needed
+
+
+def test_the_marked_lines_install_what_gpus_need_from_the_lock() -> None:
+    plain, cluster = read("ray_cluster.yaml"), read("ray_cluster.yaml", gpu=True)
+    validate_config(prepare_config(copy.deepcopy(cluster)))
+    added = set(cluster["file_mounts"].items()) - set(plain["file_mounts"].items())
+    assert added == {("~/keras-perceiver-ray/requirements-gpu.txt", "requirements-gpu.txt")}
+    *before, last = cluster["setup_commands"]
+    assert before == plain["setup_commands"]
+    assert "--require-hashes -r ~/keras-perceiver-ray/requirements-gpu.txt &&" in last
+
+
+def test_every_worker_on_aws_has_a_gpu_and_its_libraries_from_the_lock() -> None:
+    cluster = read("clusters/aws.yaml")
+    assert cluster["file_mounts"]["~/keras-perceiver-ray/requirements-gpu.txt"] == "requirements-gpu.txt"
+    (install,) = [command for command in cluster["setup_commands"] if "installed.txt" in command]
+    assert "--require-hashes -r ~/keras-perceiver-ray/requirements-gpu.txt" in install
+    assert "requirements-gpu.txt > wanted.txt" in install, "it would not be installed again when the lock has changed"
+    images = {kind["node_config"]["ImageId"] for kind in cluster["available_node_types"].values()}
+    assert len(images) == 1, "all nodes start from the image with the driver"
+
+
+def test_the_image_for_gpus_is_made_from_the_lock() -> None:
+    text = (ROOT / "clusters/Dockerfile").read_text()
+    assert re.search(r"(?m)^COPY .*\brequirements-gpu\.txt .*/install/$", text)
+    assert re.search(r'test -z "\$GPU" \|\| uv pip install .*--require-hashes -r /install/requirements-gpu\.txt', text)
+    copied = [name for line in re.findall(r"(?m)^COPY (.*) \S+$", text) for name in line.split()]
+    assert all((ROOT / name).exists() for name in copied), copied
 
 
 def commands_of(cluster: dict[str, Any]) -> str:
@@ -181,6 +216,26 @@ def test_kuberay_accepts_the_manifest(file: str, kuberay: dict[str, jsonschema.D
     for container in containers:
         assert {"PERCEIVER_STORAGE", "MLFLOW_TRACKING_URI"} <= {variable["name"] for variable in container["env"]}
     assert len({container["image"] for container in containers}) == 1
+
+
+@pytest.mark.parametrize("file", MANIFESTS)
+def test_the_marked_lines_give_each_worker_on_kubernetes_a_gpu(
+    file: str, kuberay: dict[str, jsonschema.Draft202012Validator]
+) -> None:
+    manifest = read(file, gpu=True)
+    kuberay[manifest["kind"]].validate(manifest)
+    spec = manifest["spec"]
+    (workers,) = spec.get("rayClusterSpec", spec)["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"cpu": "4", "memory": "16Gi", "nvidia.com/gpu": "1"}
+    head = spec.get("rayClusterSpec", spec)["headGroupSpec"]["template"]["spec"]
+    assert "tolerations" not in head, "the head computes nothing"
+    if "entrypoint" in spec:
+        assert spec["entrypoint"].endswith(" --train.use-gpu")
+    plain = read(file)["spec"]
+    assert "gpu" not in json.dumps(plain), "a cluster without GPUs would wait for one"
 
 
 @pytest.mark.parametrize("file", MANIFESTS)

@@ -105,7 +105,7 @@ def to_rows(dataset: ray.data.Dataset | ray.data.DataIterator) -> Rows:
 
 @contextlib.contextmanager
 def own_errors(other: type[Exception] = ValueError) -> Iterator[None]:
-    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback; or an `other`."""
+    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback; `other` too."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:
