@@ -12,6 +12,7 @@ dot_product_attention.py   its core, with a backward pass of its own
 chunked_attention.py       the same in bounded memory, over chunks of the inputs
 normalization.py           LayerNorm with a backward pass of its own
 gelu.py                    GELU with a backward pass of its own
+implementations.py         which of these and of Keras's own is used, by backend and device
 """
 
 from typing import Any

@@ -13,7 +13,8 @@ from keras import KerasTensor as Tensor
 from keras import layers, ops
 
 from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
-from perceiver.dot_product_attention import dot_product_attention
+from perceiver.dot_product_attention import attention_of
+from perceiver.implementations import implementations
 
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
@@ -107,7 +108,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if self.chunk_size is not None and not return_weights:
             outputs = chunked_attention(queries, keys, values, mask, self.chunk_size)
         elif mask is None and not return_weights and not (training and self.dropout):
-            outputs = dot_product_attention(queries, keys, values)
+            outputs = attention_of(implementations().attention)(queries, keys, values)
         else:
             weights = attention_weights(attention_logits(queries, keys, mask), mask)
             weights = ops.cast(weights, self.compute_dtype)

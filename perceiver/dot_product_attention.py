@@ -6,11 +6,28 @@ FlashAttention, arXiv:2205.14135, eq. 4 of appendix B), which are only as wide a
 a CPU, where these passes rather than the matrix products take half of the time of attention, the difference matters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import KerasTensor as Tensor
 from keras import ops
+
+
+def attention_of(implementation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The function of an implementation in `perceiver.implementations`; arguments as `dot_product_attention`."""
+    return {"own": dot_product_attention, "automatic": _automatic, "library": _library}[implementation]
+
+
+def _automatic(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    logits = ops.matmul(queries, _transpose(keys))
+    weights = ops.softmax(logits) if logits.shape[-1] > 1 else ops.ones_like(logits)
+    return ops.matmul(weights, values)
+
+
+def _library(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    rows_first = [ops.swapaxes(x, 1, 2) for x in (queries, keys, values)]
+    return ops.swapaxes(ops.dot_product_attention(*rows_first, scale=1.0), 1, 2)
 
 
 @ops.custom_gradient

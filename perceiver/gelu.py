@@ -12,6 +12,8 @@ import keras
 from keras import KerasTensor as Tensor
 from keras import ops
 
+from perceiver.implementations import implementations
+
 
 def gelu(x: Tensor, approximate: bool = False) -> Tensor:
     """x Phi(x), where Phi is the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415).
@@ -20,6 +22,8 @@ def gelu(x: Tensor, approximate: bool = False) -> Tensor:
         x: Any shape and floating dtype; the result has the same.
         approximate: Whether to use the tanh approximation.
     """
+    if implementations().gelu == "library":
+        return ops.gelu(x, approximate)
     return _gelu(approximate)(x)
 
 
