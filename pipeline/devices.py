@@ -9,8 +9,9 @@ import platform
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 CHECK_SECONDS = 60.0
 """How long a check in the cluster waits for a free GPU. Where none gets free, the process itself checks later."""
 
@@ -55,7 +56,7 @@ def communication_options(use_gpu: bool) -> Any:
     return tf.distribute.experimental.CommunicationOptions(implementation=implementation)
 
 
-def best_precision(capability: tuple[int, int]) -> str:
+def best_precision(capability: tuple[int, int]) -> Precision:
     """The Keras dtype policy for a GPU of this CUDA compute capability.
 
     GPUs multiply bfloat16 in their matrix units from 8.0 (Ampere) on, and float16 from 7.0 (Volta) on. Older ones have
