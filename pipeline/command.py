@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.devices import DeviceError
-from pipeline.masking import mask
+from pipeline.masking import mask, printable
 
 # The libraries read these when they are imported. What the user has set takes precedence.
 ENVIRONMENT = {
@@ -105,5 +105,5 @@ def libraries_to_log() -> Iterator[None]:
 
 
 def say_error(text: str) -> None:
-    """Prints `text` to standard error, without the passwords and keys in it."""
-    print(mask(text), file=sys.stderr)
+    """Prints `text` to standard error, without the passwords, keys and control characters in it."""
+    print(printable(mask(text)), file=sys.stderr)

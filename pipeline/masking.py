@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import unquote
 
 MASK = "***"
+# What a terminal obeys instead of showing it, and what turns the direction of the text around it.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # Repetitions are bounded, so that the time is that of one pass, whatever the text is.
 _SECRET_NAME = (
     r"[\w.-]{0,64}(?:passw(?:or)?d|passphrase|pwd|secret(?:_?key)?|token|credential|access_?key|account_?key|api_?key"
@@ -45,6 +47,11 @@ def mask(text: str) -> str:
     for secret in _own_secrets():
         text = text.replace(secret, MASK)
     return text
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as Python writes them, but for tabs and line ends: strangers name files."""
+    return CONTROL.sub(lambda found: repr(found.group())[1:-1], text)
 
 
 def masked(value: Any) -> Any:

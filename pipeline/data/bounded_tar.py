@@ -37,5 +37,7 @@ class BoundedTarInfo(tarfile.TarInfo):
         if self.size < 0:
             raise tarfile.ReadError(f"a member has {self.size:,} bytes")
 
-    def _proc_gnusparse_10(self, *_: Any) -> None:
+    def _refuse_holes(self, *_: Any) -> None:
         raise tarfile.ReadError("a member has holes")
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_holes

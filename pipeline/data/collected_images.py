@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.masking import CONTROL
+
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 MAX_CLASSES = 100_000
 LONGEST_NAME = 1000
@@ -52,12 +54,21 @@ class Collected:
 
     def add(self, split: str, label: str | int, name: str, file: str, start: int = 0, size: int = 0) -> None:
         """Adds an image; a label is the name of its class, or its number."""
+        if isinstance(label, str) and label not in self._number_of:
+            self._check_class(label, name)
         columns = self._columns.setdefault(split, _Columns())
         columns.names.append(name)
         columns.files.append(file)
         columns.starts.append(start)
         columns.sizes.append(size)
         columns.labels.append(self._number_of.setdefault(label, len(self._number_of)))
+
+    def _check_class(self, label: str, name: str) -> None:
+        """Refuses names that are none, or that a terminal or a file of text would not show as they are."""
+        if not label:
+            raise self.fail(f"{name} has no label: give it one, or leave it out")
+        if CONTROL.search(label) or "\t" in label or "\n" in label:
+            raise self.fail(f"{name} has the class {label!r}, with control characters: rename it")
 
     def group(self, label: str | int, coarse: str | int | None, name: str) -> None:
         """Notes the coarse class of a class, of which all images must have the same.
@@ -126,6 +137,11 @@ class Collected:
                 raise self.fail(
                     f"{what} are from {low} to {high}, expected 0 to {top - 1}: leave out rows without a label"
                 )
+            if names is not None and len(set(names)) < len(names):
+                twice = next(name for position, name in enumerate(names) if name in names[:position])
+                raise self.fail(f"the names of the {what} have {twice!r} twice: give each class a name of its own")
+            for name in names or []:
+                self._check_class(name, f"the list of the {what}")
             numbers: list[str | int] = list(range(high + 1 if names is None else top))
             return numbers, [str(label) for label in numbers] if names is None else list(names)
         ordered = sorted(found, key=str)

@@ -7,6 +7,9 @@ import tyro
 
 from pipeline.fields import ADDED_LATER, EXECUTION, require
 
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, 256 MiB of RGB: a larger image is refused from its header, before anything is decoded."""
+
 
 @dataclass(frozen=True)
 class FoundImages:
@@ -54,6 +57,8 @@ class DatasetConfig:
     """Make `files` grey (1) or coloured (3); None: as they are, which must then be the same for all."""
     max_corrupt: int = field(default=0, metadata=EXECUTION)
     """Number of images of `files` that may be left out because they cannot be decoded."""
+    max_pixels: int = field(default=MAX_PIXELS, metadata=ADDED_LATER)
+    """Width times height of the largest image of `files` that is decoded, in up to 12 bytes of memory a pixel."""
     fingerprint: tyro.conf.Fixed[str | None] = field(default=None, metadata=ADDED_LATER)
     """That of `found`, unless `sha256` pins the content."""
     found: tyro.conf.Suppress[FoundImages | None] = field(default=None, metadata=EXECUTION)
@@ -66,12 +71,13 @@ class DatasetConfig:
         require(0 <= self.seed < 2**31, "data.seed", self.seed, "give a number in [0, 2**31)")
         size = self.image_size
         require(size is None or 1 <= size <= 4096, "data.image_size", size, "give 1 to 4096")
+        require(1 <= self.max_pixels <= 2**30, "data.max_pixels", self.max_pixels, "give 1 to 2**30")
         require(self.max_corrupt >= 0, "data.max_corrupt", self.max_corrupt, "give 0 or more")
         if self.source == "files":
             require(bool(self.path), "data.path", self.path, "give the folder or URI of the images")
             require(self.archive is None, "data.archive", self.archive, "give --data.path for images of your own")
         else:
             for f in fields(self):
-                if f.name in ("path", "image_size", "resize", "channels", "max_corrupt"):
+                if f.name in ("path", "image_size", "resize", "channels", "max_corrupt", "max_pixels"):
                     value = getattr(self, f.name)
                     require(value == f.default, f"data.{f.name}", value, "it is of --data.source files; leave it out")

@@ -17,9 +17,10 @@ import pyarrow as pa
 
 from pipeline.data.bounded_tar import BoundedTarInfo
 from pipeline.data.collected_images import MAX_CLASSES, Collected, SplitFiles
+from pipeline.data.config import MAX_PIXELS
 from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree
-from pipeline.data.image_decoding import MAX_BYTES
+from pipeline.data.image_decoding import most_bytes
 from pipeline.data.labelled_images import split_of_files
 from pipeline.data.npz_files import NpzImages
 from pipeline.data.parquet_files import is_encoded, open_parquet, read_rows
@@ -48,12 +49,18 @@ def list_parquet(tree: FileTree, chosen: list[str], collected: Collected) -> lis
             )
             if image is None or not _is_one(schema, image, is_encoded):
                 raise collected.fail(
-                    f"{file} has no column `image` of encoded images (binary, or a struct with bytes): {found}"
+                    f"{file} has no column `image` of encoded images (binary, or a struct with bytes): "
+                    f"{_kinds(schema, image) or found}"
                 )
             if label is None or not _is_one(schema, label, _is_label):
-                raise collected.fail(f"{file} has no column `label` of integers or text, but {found}")
+                raise collected.fail(
+                    f"{file} has no column `label` of integers or text, but {_kinds(schema, label) or found}"
+                )
             if coarse is not None and not _is_one(schema, coarse, _is_label):
-                raise collected.fail(f"{file}: the column `{coarse}` has neither integers nor text: leave it out")
+                raise collected.fail(
+                    f"{file}: the column `{coarse}` has neither integers nor text, but {_kinds(schema, coarse)}: leave "
+                    "it out"
+                )
             names[file] = _class_names(schema, label), _class_names(schema, coarse) if coarse else None
             columns = [label, coarse] if coarse else [label]
             labels: list[int | str | None] = []
@@ -86,7 +93,14 @@ def _is_one(schema: pa.Schema, name: str, accepts: Callable[[pa.DataType], bool]
     return schema.names.count(name) == 1 and accepts(schema.field(name).type)
 
 
+def _kinds(schema: pa.Schema, name: str | None) -> str:
+    """The types of the columns of this name; empty if there is none."""
+    return ", ".join(excerpt(field.type) for field in schema if field.name == name)
+
+
 def _is_label(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # a categorical of pandas
+        kind = kind.value_type
     return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
@@ -157,9 +171,11 @@ def list_npz(tree: FileTree, chosen: list[str], collected: Collected) -> list[st
     return names
 
 
-def read_images(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Encoded]:
+def read_images(
+    root: Storage, kind: str, rows: SplitFiles, max_bytes: int = most_bytes(MAX_PIXELS)
+) -> Iterator[Encoded]:
     """The images of `rows` in order. Those of a Parquet or npz file must be in the order of the file; some may be left
-    out, as are those that are held out for the test.
+    out, as are those that are held out for the test. Of an image file with more than `max_bytes` one byte more is read.
 
     Raises:
         ValueError: if a file has changed since it was listed, or cannot be read; names it.
@@ -174,7 +190,9 @@ def read_images(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Encoded]
             is_wanted = np.isin(np.arange(first, int(wanted[-1]) + 1), wanted)
             yield from itertools.compress(read(root, file, first, len(is_wanted)), is_wanted)
     else:
-        yield from _each(root, rows, lambda file, start, size: _read_range(root, kind, file, start, size, whole=True))
+        yield from _each(
+            root, rows, lambda file, start, size: _read_range(root, kind, file, start, size, max_bytes + 1)
+        )
 
 
 def read_heads(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Callable[[], BinaryIO]]:
@@ -187,7 +205,7 @@ def read_heads(root: Storage, kind: str, rows: SplitFiles) -> Iterator[Callable[
         for file in rows.files:
             yield lambda file=file: _open_local(root, file)  # type: ignore[misc]
         return
-    heads = _each(root, rows, lambda file, start, size: _read_range(root, kind, file, start, size, whole=False))
+    heads = _each(root, rows, lambda file, start, size: _read_range(root, kind, file, start, size, HEAD_BYTES))
     for head in heads:
         yield lambda head=head: io.BytesIO(head)  # type: ignore[misc]
 
@@ -210,13 +228,12 @@ def _each(root: Storage, rows: SplitFiles, read: Callable[[str, int, int], T]) -
             yield from pool.map(lambda place: read(*place), chunk)
 
 
-def _read_range(root: Storage, kind: str, file: str, start: int, size: int, whole: bool) -> bytes:
-    """An image file, or of a large one its first bytes."""
+def _read_range(root: Storage, kind: str, file: str, start: int, size: int, most: int) -> bytes:
+    """An image file, or of a large one its first `most` bytes."""
     try:
         with root.filesystem.open_input_file(root.fs_path(file)) as source:
             found = source.size() if kind != "tar" else size
-            # One byte too many shows that the image is too large to be decoded.
-            wanted = min(size, MAX_BYTES + 1 if whole else HEAD_BYTES)
+            wanted = min(size, most)
             data = source.read_at(wanted, start)
     except FileNotFoundError as error:
         raise ValueError(f"{root.absolute(file)} is gone since it was listed: give the command again") from error

@@ -7,6 +7,7 @@ profiles are not applied. docs/data.md has a table of what each kind of file giv
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,19 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data.config import MAX_PIXELS
+
 Resize = Literal["crop", "pad", "stretch"]
 # EPS is not among them: Pillow would start Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 89_478_485
-"""Pillow's own limit, 256 MiB of RGB: a larger image is refused from its header, before anything is decoded."""
-MAX_BYTES = 4 * MAX_PIXELS
-"""Of an image file: what the largest has without compression."""
+MAX_SCANS = 100
+"""Of a JPEG: each decodes all pixels again, in a few bytes. Progressive images have about ten."""
 BACKGROUND = 255
 """Level of all channels behind transparent pixels and beside a padded image."""
 _STRIP_PIXELS = 1 << 22
 """Pixels that are converted at a time, which takes up to 30 bytes for each."""
+_SIGNED = 2
+"""The TIFF tag SampleFormat of integers with a sign; Pillow reads those of 8 bits as if they had none."""
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _COLOR_MODES = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
@@ -58,13 +61,18 @@ class Header:
     is_grey: bool
 
 
-def read_header(file: BinaryIO) -> Header:
+def most_bytes(max_pixels: int) -> int:
+    """Bytes that an image file may have: those of the largest image without compression, and room for other things."""
+    return 4 * max(max_pixels, MAX_PIXELS)
+
+
+def read_header(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Header:
     """Reads no more of an image than its header.
 
     Raises:
         ImageError: if it is of no known format, of too many pixels, or of a mode that is not decoded.
     """
-    with _opened(file) as image:
+    with _opened(file, max_pixels) as image:
         width, height = image.size
         # Pillow turns a TIFF by itself.
         if image.format != "TIFF" and _orientation(image) >= 5:
@@ -72,27 +80,33 @@ def read_header(file: BinaryIO) -> Header:
         return Header(width, height, image.mode in _GREY_MODES)
 
 
-def decode(data: bytes, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:
+def decode(data: bytes, image_shape: Sequence[int], resize: Resize | None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An encoded image as uint8 (H, W, C), in colour or grey as the shape wants it.
 
     Args:
         data: the image file.
         image_shape: height, width and channels (1 or 3) of the result.
         resize: how an image of another size is fitted; None refuses it.
+        max_pixels: an image with more is refused before it is decoded.
 
     Raises:
         ImageError: if it cannot be decoded, or is of another size and `resize` is None.
     """
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"has more than the {MAX_BYTES:,} bytes that are read")
-    with _opened(io.BytesIO(data)) as image:
+    if len(data) > (most := most_bytes(max_pixels)):
+        raise ImageError(f"has more than the {most:,} bytes that are read")
+    with _opened(io.BytesIO(data), max_pixels) as image:
+        if image.format in ("JPEG", "MPO") and _has_many_scans(data):
+            raise ImageError(f"is a JPEG of more than {MAX_SCANS} scans, which take long to decode: save it again")
+        _scale_transparency(image)
         image.load()
         turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image))
         upright = image if turn is None else image.transpose(turn)
         return _fit(_convert(image, upright, "L" if image_shape[2] == 1 else "RGB"), image_shape, resize)
 
 
-def fit_array(pixels: np.ndarray, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:
+def fit_array(
+    pixels: np.ndarray, image_shape: Sequence[int], resize: Resize | None, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """`decode` for an image that is uint8 (H, W), (H, W, 1) or (H, W, 3) already.
 
     Raises:
@@ -102,17 +116,37 @@ def fit_array(pixels: np.ndarray, image_shape: Sequence[int], resize: Resize | N
         pixels = pixels[..., 0]
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3):
         raise ImageError(f"is {pixels.dtype} {pixels.shape}, not uint8 (H, W), (H, W, 1) or (H, W, 3)")
+    if not pixels.size:
+        raise ImageError(f"has no pixels: its shape is {pixels.shape}")
+    if pixels.shape[0] * pixels.shape[1] > max_pixels:
+        raise ImageError(_TOO_MANY.format(max_pixels))
     return _fit(Image.fromarray(pixels).convert("L" if image_shape[2] == 1 else "RGB"), image_shape, resize)
 
 
+_TOO_MANY = "has more than the {:,} pixels that are decoded: make it smaller, or give --max-pixels (--data.max-pixels)"
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+
+
+def _has_many_scans(data: bytes) -> bool:
+    """Whether a JPEG has more than `MAX_SCANS`; segments, and what follows the end of the image, are passed over."""
+    position, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, position)):
+        if found.group() == _END_OF_IMAGE:
+            return False
+        scans += found.group() == _START_OF_SCAN
+        position = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    return scans > MAX_SCANS
+
+
 @contextlib.contextmanager
-def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+def _opened(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             # What a file has besides its pixels may be malformed; and the number of pixels is checked here.
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if _largest_area(image) > max_pixels:
                     raise Image.DecompressionBombError
                 _check_mode(image)
                 yield image
@@ -121,9 +155,15 @@ def _opened(file: BinaryIO) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         raise ImageError("is of no known image format") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"has more than the {MAX_PIXELS:,} pixels that are decoded") from None
+        raise ImageError(_TOO_MANY.format(max_pixels)) from None
     except Exception as error:  # Pillow's decoders raise what they like, struct.error and SyntaxError among others
         raise ImageError(f"cannot be decoded: {error}") from error
+
+
+def _largest_area(image: Image.Image) -> int:
+    """Pixels of the image, or of a tile of a TIFF, which is set aside whole and may be larger."""
+    tile = _tiff_tag(image, ExifTags.Base.TileWidth, 0) * _tiff_tag(image, ExifTags.Base.TileLength, 0)
+    return max(image.width * image.height, tile)
 
 
 def _check_mode(image: Image.Image) -> None:
@@ -135,6 +175,8 @@ def _check_mode(image: Image.Image) -> None:
             f"is a {image.format} of mode {mode}{', white as zero' if inverted else ''}, for which no range of levels "
             "is defined: convert it to 8 or 16 bits"
         )
+    if _tiff_tag(image, ExifTags.Base.SampleFormat, 1) == _SIGNED:
+        raise ImageError("is a TIFF of signed levels, for which no range is defined: convert it to 8 or 16 bits")
 
 
 def _tiff_tag(image: Any, tag: int, default: int) -> int:
@@ -175,6 +217,17 @@ def _convert_strip(file: Image.Image, image: Image.Image, mode: str) -> Image.Im
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (BACKGROUND,) * 4), image)
     return image.convert(mode)
+
+
+def _scale_transparency(image: Any) -> None:
+    """Brings the transparent level of a PNG, which counts in the bits of the file, to the bits that Pillow reads."""
+    if image.format != "PNG" or not image.tile:
+        return
+    stored, clear = image.tile[0].args, image.info.get("transparency")  # the mode as the file has it
+    if stored in ("L;2", "L;4") and isinstance(clear, int):
+        image.info["transparency"] = clear * 255 // ((1 << int(stored[2:])) - 1)
+    elif stored == "RGB;16B" and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in clear)
 
 
 def _fit(image: Image.Image, image_shape: Sequence[int], resize: Resize | None) -> np.ndarray:

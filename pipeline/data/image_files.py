@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.config import MAX_PIXELS
 from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, list_files, suffix_of
 from pipeline.data.image_containers import encoded_values
-from pipeline.data.image_decoding import MAX_BYTES, Resize, decode
+from pipeline.data.image_decoding import Resize, decode, most_bytes
 from pipeline.data.npz_files import NpzImages
 from pipeline.data.parquet_files import check_columns, is_encoded, open_parquet, read_rows, row_without_value
 from pipeline.data.ray_tensors import tensor_pixels, tensor_shape
@@ -123,8 +124,17 @@ def list_parts(uri: str, part_rows: int, output: Storage | None = None) -> Image
     return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen), left_out)
 
 
-def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], resize: Resize | None) -> pa.Table:
+def read_part(
+    part: Part,
+    kind: str,
+    root: Storage,
+    image_shape: Sequence[int],
+    resize: Resize | None,
+    max_pixels: int = MAX_PIXELS,
+) -> pa.Table:
     """The rows of a part. Encoded images of another size are fitted by `resize`; without it they are errors.
+
+    Those with more than `max_pixels` are errors in any case.
 
     Returns:
         `part` int64, `row_id` int64 (the input's own, or the index in the input), `name` (path of the image, or null),
@@ -138,21 +148,21 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
     errors: list[str | None] = [None] * part.num_rows
     if kind == "images":
         names = list(part.files)
-        encoded = (functools.partial(_read_image, root, name) for name in part.files)
-        images, errors = _decode_all(encoded, part.num_rows, image_shape, resize)
+        encoded = (functools.partial(_read_image, root, name, most_bytes(max_pixels)) for name in part.files)
+        images, errors = _decode_all(encoded, part.num_rows, image_shape, resize, max_pixels)
     elif kind == "npz":
         file = _open_npz(root.uri, part.files[0])
         _check_array(np.dtype(np.uint8), file.shape[1:], image_shape, root.absolute(part.files[0]))
         images = np.stack(list(file.rows(part.start, part.num_rows)))
         if "row_ids" in file.arrays:
-            row_ids = file.values("row_ids", "iu")[part.start : part.stop]
+            row_ids = _int64(file.values("row_ids", "iu")[part.start : part.stop], root.absolute(part.files[0]))
     else:
         with _opened_parquet(root, part.files[0], image_shape) as (parquet, columns):
             batches = read_rows(root.absolute(part.files[0]), parquet, columns, part.start, part.num_rows)
             if is_encoded(parquet.schema_arrow.field("image").type):
                 ids: list[pa.Array] = []
                 encoded = (functools.partial(_bytes_of, value) for value in _images(batches, ids))
-                images, errors = _decode_all(encoded, part.num_rows, image_shape, resize)
+                images, errors = _decode_all(encoded, part.num_rows, image_shape, resize, max_pixels)
             else:
                 table = pa.Table.from_batches(list(batches))
                 ids = table["row_id"].chunks if "row_id" in columns else []
@@ -165,7 +175,7 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
         if "row_id" in columns:
             if (column := pa.chunked_array(ids)).null_count:
                 raise ValueError(f"{root.absolute(part.files[0])}: some rows have no row_id: write it again")
-            row_ids = column.cast(pa.int64()).to_numpy()
+            row_ids = _int64(column.to_numpy(), root.absolute(part.files[0]))
     return pa.table(
         {
             "part": pa.array(np.full(part.num_rows, part.number)),
@@ -175,6 +185,12 @@ def read_part(part: Part, kind: str, root: Storage, image_shape: Sequence[int], 
             "error": pa.array(errors, pa.string()),
         }
     )
+
+
+def _int64(row_ids: np.ndarray, path: str) -> np.ndarray:
+    if len(row_ids) and (top := int(row_ids.max())) >= 2**63:
+        raise ValueError(f"{path} has the row_id {top}, which is no int64: give row ids below 2**63")
+    return row_ids.astype(np.int64)
 
 
 def _num_rows(kind: str, root: Storage, name: str) -> int:
@@ -209,7 +225,7 @@ def _opened_parquet(root: Storage, name: str, image_shape: Sequence[int]) -> Ite
         elif not is_encoded(kind):
             raise ValueError(
                 f"{path}: images are {excerpt(kind)}, not uint8 tensors or binary: write them as fixed_shape_tensor of "
-                "uint8, or as the bytes of image files"
+                "uint8, without a permutation, or as the bytes of image files"
             )
         yield parquet, columns
 
@@ -254,9 +270,9 @@ def _check_array(dtype: np.dtype, shape: Sequence[int], image_shape: Sequence[in
         raise ValueError(f"{path}: the model takes images uint8 {tuple(image_shape)}, these are {dtype} {tuple(shape)}")
 
 
-def _read_image(root: Storage, name: str) -> bytes:
+def _read_image(root: Storage, name: str, most: int) -> bytes:
     with root.filesystem.open_input_file(root.fs_path(name)) as file:
-        return file.read(MAX_BYTES + 1)  # one byte too many shows that it is too large
+        return file.read(most + 1)  # one byte too many shows that it is too large
 
 
 def _bytes_of(value: bytes | None) -> bytes:
@@ -266,14 +282,14 @@ def _bytes_of(value: bytes | None) -> bytes:
 
 
 def _decode_all(
-    encoded: Iterator[Any], count: int, image_shape: Sequence[int], resize: Resize | None
+    encoded: Iterator[Any], count: int, image_shape: Sequence[int], resize: Resize | None, max_pixels: int
 ) -> tuple[np.ndarray, list[str | None]]:
     """Images, black where there is an error, and the errors."""
     images = np.zeros((count, *image_shape), np.uint8)
     errors: list[str | None] = [None] * count
     for position, read in enumerate(encoded):
         try:
-            images[position] = decode(read(), image_shape, resize)
+            images[position] = decode(read(), image_shape, resize, max_pixels)
         except (ValueError, OSError) as error:
             errors[position] = str(error)
     return images, errors

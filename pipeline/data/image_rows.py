@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.collected_images import SplitFiles
-from pipeline.data.config import DatasetConfig
+from pipeline.data.config import MAX_PIXELS, DatasetConfig
 from pipeline.data.image_containers import Encoded, read_images
-from pipeline.data.image_decoding import ImageError, Resize, decode, fit_array
+from pipeline.data.image_decoding import ImageError, Resize, decode, fit_array, most_bytes
 from pipeline.data.image_survey import Corrupt, check_classes, check_corrupt, content_key
 from pipeline.data.labelled_images import Listing, list_images
 from pipeline.data.rows import RawDataset, Rows, stratified_split
@@ -26,17 +26,18 @@ class Decoding:
     kind: str
     image_shape: tuple[int, int, int]
     resize: Resize
+    max_pixels: int = MAX_PIXELS
 
     def decode(self, encoded: Encoded) -> np.ndarray:
         if encoded is None:
             raise ImageError("is missing")
         if isinstance(encoded, bytes):
-            return decode(encoded, self.image_shape, self.resize)
-        return fit_array(encoded, self.image_shape, self.resize)
+            return decode(encoded, self.image_shape, self.resize, self.max_pixels)
+        return fit_array(encoded, self.image_shape, self.resize, self.max_pixels)
 
     def __call__(self, rows: SplitFiles) -> Iterator[tuple[np.ndarray | None, str | None, int]]:
         """For each row its image, or why there is none, and its `content_key`."""
-        for encoded in read_images(self.root, self.kind, rows):
+        for encoded in read_images(self.root, self.kind, rows, most_bytes(self.max_pixels)):
             try:
                 yield self.decode(encoded), None, content_key(encoded)
             except ImageError as error:
@@ -54,7 +55,8 @@ def listing_of(config: DatasetConfig) -> tuple[Listing, Decoding]:
     listing = list_images(config.path)
     if listing.fingerprint != config.found.fingerprint:
         raise ValueError(f"data.path = {config.path!r} has changed since it was listed: give the command again")
-    return listing, Decoding(listing.tree.root, listing.kind, config.found.image_shape, config.resize)
+    shape = config.found.image_shape
+    return listing, Decoding(listing.tree.root, listing.kind, shape, config.resize, config.max_pixels)
 
 
 def divided(config: DatasetConfig, listing: Listing) -> dict[str, SplitFiles]:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import PIL
 
-from pipeline.data.config import DatasetConfig, FoundImages
+from pipeline.data.config import MAX_PIXELS, DatasetConfig, FoundImages
 from pipeline.data.image_containers import HEAD_BYTES, read_heads, read_images
-from pipeline.data.image_decoding import Header, ImageError, read_header
+from pipeline.data.image_decoding import Header, ImageError, most_bytes, read_header
 from pipeline.data.labelled_images import Listing, list_images
 from pipeline.data.npz_files import NpzImages
 from pipeline.storage import Storage
@@ -48,8 +48,8 @@ class Headers:
     colored: int
 
 
-_READ: dict[str, Headers] = {}
-"""The headers of the last listing, by its fingerprint: a dry run asks twice."""
+_READ: dict[tuple[str, int], Headers] = {}
+"""The headers of the last listing, by its fingerprint and `max_pixels`: a dry run asks twice."""
 SURVEYS = ".surveys"
 """Folder of the storage with what the headers of each listing say, by its fingerprint.
 
@@ -57,23 +57,25 @@ It is hidden, so that no listing has it: the storage may lie at `data.path`.
 """
 
 
-def read_headers(listing: Listing, storage: Storage, keep: bool) -> Headers:
+def read_headers(listing: Listing, storage: Storage, keep: bool, max_pixels: int = MAX_PIXELS) -> Headers:
     """What the headers of all images say; prints its progress to standard error if reading them takes long.
 
     What an earlier command has kept in `storage` holds as long as names, sizes and times of the files do. With `keep`
     the result is kept there.
     """
-    if listing.fingerprint not in _READ:
+    key = (listing.fingerprint, max_pixels)
+    if key not in _READ:
         _READ.clear()
-        path = f"{SURVEYS}/{listing.fingerprint}.json"
+        other = "" if max_pixels == MAX_PIXELS else f"-{max_pixels}"
+        path = f"{SURVEYS}/{listing.fingerprint}{other}.json"
         found = _kept(storage, path)
         if found is None:
-            found = _read_headers(listing)
+            found = _read_headers(listing, max_pixels)
             if keep:
                 with contextlib.suppress(OSError):  # whatever is wrong with the storage is said where it is needed
                     storage.write_json(path, _to_json(found))
-        _READ[listing.fingerprint] = found
-    return _READ[listing.fingerprint]
+        _READ[key] = found
+    return _READ[key]
 
 
 def _kept(storage: Storage, path: str) -> Headers | None:
@@ -98,7 +100,7 @@ def _to_json(headers: Headers) -> dict[str, Any]:
     }
 
 
-def _read_headers(listing: Listing) -> Headers:
+def _read_headers(listing: Listing, max_pixels: int) -> Headers:
     corrupt: list[tuple[str, str]] = []
     found: Counter[Header] = Counter()
     root, total, done, said = listing.tree.root, sum(map(len, listing.splits.values())), 0, time.monotonic()
@@ -107,19 +109,25 @@ def _read_headers(listing: Listing) -> Headers:
             for file, count in Counter(rows.files).items():
                 with NpzImages(root, file) as images:
                     _, height, width, *channels = images.shape
+                if width * height > max_pixels:
+                    raise ValueError(
+                        f"data.max_pixels = {max_pixels}: the images of {root.absolute(file)} have {width} x {height}: "
+                        "give a higher number"
+                    )
                 found[Header(width, height, channels != [3])] += count
             continue
         for position, open_head in enumerate(read_heads(root, listing.kind, rows)):
             try:
                 try:
                     with open_head() as head:
-                        found[read_header(head)] += 1
+                        found[read_header(head, max_pixels)] += 1
                 except ImageError:
                     if rows.sizes[position] <= HEAD_BYTES:
                         raise
                     # Of a large file perhaps only the beginning was read, which may have been too little.
-                    (data,) = read_images(root, listing.kind, rows.take(np.array([position])))
-                    found[read_header(io.BytesIO(bytes(data if data is not None else b"")))] += 1
+                    only = rows.take(np.array([position]))
+                    (data,) = read_images(root, listing.kind, only, most_bytes(max_pixels))
+                    found[read_header(io.BytesIO(bytes(data if data is not None else b"")), max_pixels)] += 1
             except ImageError as error:
                 corrupt.append((rows.names[position], str(error)))
             done += 1
@@ -146,7 +154,7 @@ def find_images(config: DatasetConfig, storage: str, keep_survey: bool = True) -
     assert config.path is not None
     listing = list_images(config.path)
     check_classes(listing, {split: np.bincount(r.labels, minlength=1) for split, r in listing.splits.items()})
-    headers = read_headers(listing, Storage(storage), keep_survey)
+    headers = read_headers(listing, Storage(storage), keep_survey, config.max_pixels)
     check_corrupt(config, headers.corrupt, sum(map(len, listing.splits.values())), Storage(storage), "corrupt.csv")
     if not headers.sizes:
         raise ValueError(

@@ -93,8 +93,11 @@ def list_images(path: str) -> Listing:
     tree.leave_out_others(chosen)
     names = read(tree, chosen, collected)
     label_names, splits = collected.finish(names)
+    if not splits:
+        left = "; ".join(f"{len(names):,}: {reason}" for reason, names in sorted(tree.left_out.items()))
+        raise collected.fail(f"has no images{f' but what is left out ({excerpt(left)})' if left else ''}: add some")
     if TRAIN not in splits:
-        raise collected.fail(f"has no images in {TRAIN}/, but in {', '.join(splits) or 'nothing'}: add them")
+        raise collected.fail(f"has no images in {TRAIN}/, but in {', '.join(splits)}: add them")
     size = sum(tree.files[name][0] for name in chosen)
     coarse = collected.coarse(names)
     return Listing(path, kind, tree, label_names, splits, chosen, tree.fingerprint(chosen), size, *coarse)

@@ -5,6 +5,7 @@ NumPy's own `load` reads whole arrays, and a file of some megabytes may claim, o
 
 import contextlib
 import io
+import itertools
 import math
 import zipfile
 import zlib
@@ -17,6 +18,10 @@ from pipeline.data.parquet_files import FEW_ROWS
 from pipeline.storage import Storage
 
 _HEADER_BYTES = 10_000
+_FORTRAN = " in Fortran order: save np.ascontiguousarray of it"
+_END_BYTES = 1 << 17
+"""Bytes at the end of a zip file among which its end record is."""
+_DIRECTORY_BYTES = 1 << 20
 _LARGEST_LABEL = 4000
 """Bytes of a label, which are four for each character."""
 
@@ -40,14 +45,19 @@ class NpzImages:
         try:
             size = self._source.size()
             with self._errors():
+                self._check_directory(size)
                 self._zip = zipfile.ZipFile(self._source)
                 self.arrays = sorted(name.removesuffix(".npy") for name in self._zip.namelist())
+                for name, after in itertools.pairwise(self.arrays):
+                    if name == after:
+                        raise ValueError(f"{self._name} has two arrays `{excerpt(name)}`: write it again")
                 if "images" not in self.arrays:
                     raise ValueError(f"{self._name} has no array `images`, but {excerpt(self.arrays)}")
                 self.shape, dtype, self._first_byte = self._header("images")
             if (
                 dtype != np.uint8
                 or len(self.shape) not in (3, 4)
+                or not all(self.shape[1:])
                 or (len(self.shape) == 4 and self.shape[3] not in (1, 3))
             ):
                 raise ValueError(
@@ -121,7 +131,22 @@ class NpzImages:
                 data = stream.read(shape[0] * dtype.itemsize)
         if len(data) != shape[0] * dtype.itemsize:
             raise ValueError(f"{self._name}: {array} ends early: write it again")
-        return np.frombuffer(data, dtype)
+        values = np.frombuffer(data, dtype)
+        if dtype.kind == "U" and not _is_text(values):
+            raise ValueError(f"{self._name}: {array} has characters that are none: write it again")
+        return values
+
+    def _check_directory(self, size: int) -> None:
+        """Refuses a list of members that is too long to be meant, of which `zipfile` would make an object for each."""
+        start = max(0, size - _END_BYTES)
+        end = self._source.read_at(size - start, start)
+        position = end.rfind(b"PK\5\6")
+        found = int.from_bytes(end[position + 12 : position + 16], "little") if position >= 0 else 0
+        large = end.rfind(b"PK\6\6")
+        if found == 0xFFFFFFFF and large >= 0:  # of a file with more than 4 GiB
+            found = int.from_bytes(end[large + 40 : large + 48], "little")
+        if found > _DIRECTORY_BYTES:
+            raise ValueError(f"{self._name} lists its arrays in {found:,} bytes: write it with fewer")
 
     def _open(self, array: str) -> zipfile.ZipExtFile:
         opened = self._zip.open(f"{array}.npy")
@@ -136,7 +161,7 @@ class NpzImages:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(head)
         if any(size < 0 for size in shape) or dtype.hasobject or (is_fortran and len(shape) > 1):
-            raise ValueError(f"{array} is {excerpt(dtype)} {shape}{' in Fortran order' * is_fortran}")
+            raise ValueError(f"{array} is {excerpt(dtype)} {shape}{_FORTRAN * is_fortran}")
         return shape, dtype, head.tell()
 
     def _check_size(self, array: str, shape: tuple[int, ...], dtype: np.dtype, first_byte: int) -> None:
@@ -159,6 +184,12 @@ class NpzImages:
             NotImplementedError, MemoryError, OverflowError,
         ) as error:  # fmt: skip
             raise ValueError(f"{self._name} cannot be read: {excerpt(error)}") from error
+
+
+def _is_text(values: np.ndarray) -> bool:
+    """Whether an array of text has no numbers that are no characters."""
+    points = values.view(values.dtype.byteorder + "u4")
+    return not ((points > 0x10FFFF) | ((points >= 0xD800) & (points < 0xE000))).any()
 
 
 _KINDS = {"i": "integers", "u": "integers without sign", "U": "text"}

@@ -87,7 +87,9 @@ def pixel_shape(schema: pa.Schema) -> tuple[int, ...] | None:
     """Shape of the images of a table that has them as uint8 pixels, in either way; None of any other table."""
     kind = schema.field("image").type
     if isinstance(kind, pa.FixedShapeTensorType):
-        return tuple(kind.shape) if kind.value_type == pa.uint8() else None
+        # Bytes that lie in another order than the shape says would be taken for another image.
+        in_order = kind.permutation in (None, list(range(len(kind.shape))))
+        return tuple(kind.shape) if kind.value_type == pa.uint8() and in_order else None
     try:
         shape = json.loads((schema.metadata or {})[_SHAPE])
     except (KeyError, ValueError, RecursionError):

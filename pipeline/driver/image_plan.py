@@ -23,7 +23,7 @@ def show_images(data: DatasetConfig, storage: Storage, console: Console) -> None
     assert data.path is not None
     assert data.found is not None
     listing = list_images(data.path)
-    headers = read_headers(listing, storage, keep=False)
+    headers = read_headers(listing, storage, keep=False, max_pixels=data.max_pixels)
     splits = divided(data, listing)
     counts = {split: np.bincount(rows.labels, minlength=len(listing.label_names)) for split, rows in splits.items()}
     classes = Table("class", *counts, title="images")

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from pipeline.data.image_progress import ImageProgress
 from pipeline.driver.trial_table import TrialTable, duration
-from pipeline.masking import mask
+from pipeline.masking import mask, printable
 from pipeline.settings.config import PipelineConfig
 from pipeline.tasks.events import Said, TrialChanged
 from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
@@ -127,7 +127,7 @@ class Progress:
         if self._terminal_is_gone:
             self._terminal_is_gone = False
             self._status.stop()
-            self.console = Console(file=self.console.file, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
+            self.console = _Console(file=self.console.file, force_terminal=False, highlight=False, width=PLAIN_WIDTH)
 
     def _show_trial(self, trial: TrialChanged) -> None:
         """The table of all trials on a terminal, and a line for the log."""
@@ -194,6 +194,11 @@ class _TimeLeft:
 
 
 def make_console() -> Console:
-    """A console for standard output."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+    """A console for standard output, which shows the control characters in a text instead of obeying them."""
+    console = _Console(highlight=False)
+    return console if console.is_terminal else _Console(highlight=False, width=PLAIN_WIDTH)
+
+
+class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from pipeline.data.config import MAX_PIXELS
+
 
 @dataclass(frozen=True)
 class PredictOptions:
@@ -31,6 +33,8 @@ class PredictOptions:
     resize: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Stretch images of another size; otherwise they are reported as errors. A model that was trained on image files
     fits them as in its training, with or without this."""
+    max_pixels: int = MAX_PIXELS
+    """Width times height of the largest image that is decoded, in up to 12 bytes of memory a pixel."""
     trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Load a model of another kind than this pipeline exports too: loading it may run its code."""
 
@@ -39,5 +43,7 @@ class PredictOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: give at least 1")
+        if not 1 <= self.max_pixels <= 2**30:
+            raise ValueError(f"max_pixels = {self.max_pixels}: give 1 to 2**30")
         if not 0.001 <= self.cpus_per_actor < float("inf"):
             raise ValueError(f"cpus_per_actor = {self.cpus_per_actor}: give at least 0.001")

@@ -18,6 +18,7 @@ import ray.data
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline.data.config import MAX_PIXELS
 from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
 from pipeline.data.ray_rows import own_errors
@@ -104,9 +105,16 @@ def _predictions(
     context.issue_detectors_config.detectors = []  # they warn about the memory that the model uses
     context.target_max_block_size = None  # keeps a part in one block, because an actor gets one block per call
     read_rows = functools.partial(
-        read, kind=source.kind, root=source.root, image_shape=model.image_shape, resize=_policy(options, model)
+        read,
+        kind=source.kind,
+        root=source.root,
+        image_shape=model.image_shape,
+        resize=_policy(options, model),
+        max_pixels=options.max_pixels,
     )
-    done = dataset.map_batches(read_rows, batch_size=1, num_cpus=READER_CPUS, memory=_reader_bytes()).map_batches(
+    done = dataset.map_batches(
+        read_rows, batch_size=1, num_cpus=READER_CPUS, memory=_reader_bytes(options.max_pixels)
+    ).map_batches(
         Classifier,
         batch_size=None,
         batch_format="pyarrow",
@@ -127,9 +135,12 @@ def _predictions(
         yield from done.iter_rows()
 
 
-def _reader_bytes() -> float:
-    """`READER_BYTES`, or of small hosts what lets the largest run two readers."""
-    return min(READER_BYTES, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) // 2)
+def _reader_bytes(max_pixels: int) -> float:
+    """`READER_BYTES`, more if larger images are allowed, or of small hosts what lets the largest run two readers."""
+    return min(
+        READER_BYTES * max(1.0, max_pixels / MAX_PIXELS),
+        max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]) // 2,
+    )
 
 
 def _needs(options: PredictOptions) -> str:
@@ -161,6 +172,8 @@ def _job(options: PredictOptions, model: RegisteredModel, source: ImageInput) ->
             "part_rows": options.part_rows,
             "batch_size": options.batch_size,
             "resize": model.resize or options.resize,
+            # Jobs of before the option go on.
+            **({} if options.max_pixels == MAX_PIXELS else {"max_pixels": options.max_pixels}),
         },
     }
 
