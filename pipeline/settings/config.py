@@ -11,7 +11,7 @@ from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import source_of
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.fields import ADDED_LATER
-from pipeline.masking import mask, masked
+from pipeline.masking import CONTROL, mask, masked
 from pipeline.registry.config import PromotionConfig
 from pipeline.tracking.config import TrackingConfig
 from pipeline.training.config import TrainingConfig
@@ -67,6 +67,8 @@ class PipelineConfig:
                 f"train.initial_model = {self.train.initial_model} has a shape of its own: give --search.num-trials 0"
             )
         uri, storage = self.tracking.uri, mask(repr(self.storage))
+        if problem := _problem_of_path(self.storage):
+            raise ValueError(f"storage = {storage} {problem}")
         if "://" in self.storage and not self.storage.startswith("file://"):
             if uri is None:
                 raise ValueError(
@@ -134,6 +136,19 @@ class PipelineConfig:
             return None
         # Without a folder MLflow takes ./mlruns of whoever calls it, on each host another one.
         return f"{os.path.abspath(self.storage.removeprefix('file://'))}/mlartifacts"
+
+
+def _problem_of_path(storage: str) -> str | None:
+    """Why a storage is no folder that a person can have meant, and the remedy; None if it may be one."""
+    if not storage.strip():
+        return "is no folder: give one"
+    if CONTROL.search(storage) or "\n" in storage or "\t" in storage:
+        return "has control characters: give a path without"
+    if storage.startswith("file:") and not storage.startswith("file:///"):
+        return "is no URI of a folder: give the path, or file:///PATH"
+    if storage.startswith("~") and os.path.expanduser(storage) == storage:
+        return "is in the home of a user that does not exist: give a path"
+    return None
 
 
 def flatten(config: PipelineConfig) -> dict[str, Any]:

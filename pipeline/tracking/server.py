@@ -1,16 +1,21 @@
 """Checks that a tracking store answers, without importing MLflow: the driver checks before it loads anything heavy."""
 
 import base64
+import contextlib
 import http.client
 import os
 import socket
+import sqlite3
 import ssl
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ANSWER_SECONDS = 1.5
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
+"""Those of databases whose URI has none."""
 REMEDY = "start one (`mlflow server`), or leave the option out to record in the storage folder"
 
 
@@ -24,7 +29,9 @@ def check_server(tracking_uri: str) -> None:
             database or its driver is not there.
     """
     if not tracking_uri.startswith(("http://", "https://")):
-        if "://" in tracking_uri:
+        if tracking_uri.startswith("databricks"):
+            _check_databricks(tracking_uri)
+        elif "://" in tracking_uri:
             _check_database(tracking_uri)
         return
     try:
@@ -83,10 +90,10 @@ def _check_database(uri: str) -> None:
             "another one, such as postgresql+psycopg2://"
         ) from error
     if dialect.name == "sqlite":
-        return
+        return _check_file(uri, url.database)
     try:
-        if url.host and url.port:  # drivers wait for minutes
-            socket.create_connection((url.host, url.port), ANSWER_SECONDS).close()
+        if url.host and (port := url.port or _PORTS.get(dialect.name)):  # drivers wait for minutes
+            socket.create_connection((url.host, port), ANSWER_SECONDS).close()
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         engine.connect().close()
     except (OSError, SQLAlchemyError) as error:
@@ -94,3 +101,33 @@ def _check_database(uri: str) -> None:
         raise ValueError(
             f"tracking.uri = {uri}: the database does not answer ({why}): start it, or mend the URI"
         ) from error
+
+
+def _check_file(uri: str, file: str | None) -> None:
+    """Checks that an SQLite file is one, or can be made, and can be written: MLflow would try for minutes."""
+    if not file or file == ":memory:":
+        raise ValueError(f"tracking.uri = {uri}: keeps nothing when the run has ended: give sqlite:///FILE")
+    try:
+        folder = Path(file).absolute().parent
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # SQLite and MLflow have files of their own beside it
+        if not Path(file).exists():
+            return
+        with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as database:
+            database.execute("BEGIN IMMEDIATE")  # reads the file, and asks for the right to write it
+            database.rollback()
+    except (OSError, sqlite3.Error) as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            return  # another process writes, which MLflow waits for
+        raise ValueError(
+            f"tracking.uri = {uri}: cannot be read and written as an SQLite database ({error}): give another file"
+        ) from error
+
+
+def _check_databricks(uri: str) -> None:
+    """Checks that there is a login: MLflow would look for one, in vain, with each record."""
+    place = os.environ.get("DATABRICKS_CONFIG_FILE") or "~/.databrickscfg"
+    if not os.environ.get("DATABRICKS_HOST") and not Path(os.path.expanduser(place)).is_file():
+        raise ValueError(
+            f"tracking.uri = {uri}: there is no login: set DATABRICKS_HOST and DATABRICKS_TOKEN, or give http://HOST:PORT"
+        )

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.server
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -67,3 +68,33 @@ def test_a_database_is_asked_before_anything_starts(uri: str, message: str) -> N
 def test_an_sqlite_file_need_not_exist(tmp_path: Path) -> None:
     check_server(f"sqlite:///{tmp_path}/mlflow.db")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_sqlite_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("This is no database, although it is long enough for the header of one. " * 3)
+    (tmp_path / "folder").mkdir()
+    for place in ("text", "folder", "text/below.db"):
+        with pytest.raises(ValueError, match=rf"{place}: cannot be read and written as an SQLite database \(.*give an"):
+            check_server(f"sqlite:///{tmp_path}/{place}")
+    for uri in ("sqlite://", "sqlite:///:memory:"):
+        with pytest.raises(ValueError, match="keeps nothing when the run has ended"):
+            check_server(uri)
+    with pytest.raises(ValueError, match="cannot be read and written"):
+        check_server("sqlite:////proc/mlflow.db")
+
+
+def test_an_sqlite_file_in_which_another_process_writes_is_one(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as other:
+        other.execute("CREATE TABLE runs (id)")
+        other.execute("BEGIN EXCLUSIVE")
+        check_server(f"sqlite:///{tmp_path}/mlflow.db")
+    check_server(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_databricks_without_a_login_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATABRICKS_HOST", raising=False)
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "databrickscfg"))
+    with pytest.raises(ValueError, match="databricks: there is no login: set DATABRICKS_HOST"):
+        check_server("databricks")
+    (tmp_path / "databrickscfg").write_text("[DEFAULT]\nhost = https://h\n")
+    check_server("databricks")
