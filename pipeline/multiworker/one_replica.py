@@ -18,7 +18,7 @@ from .keras_internals import (
     replaced,
 )
 from .stop_signal import StopSignal
-from .vectors import packed, unpacked
+from .vectors import packed, unpacked, widest
 
 Note = Callable[[str, Any], Any]
 """Called with the name of a moment and tensors; returns the tensors with which the step continues."""
@@ -172,14 +172,16 @@ class OneReplica:
 
     def _means_over_replicas(self, dense: list[tf.Tensor], requested: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
         """Returns the means of `dense` by rows and the sum of `requested`; sums all of them as one vector."""
-        weight = tf.cast(self._of_replica.rows, tf.float32)
+        dtype = widest(dense)
+        weight = tf.cast(self._of_replica.rows, dtype)
         # The gradients of a replica without rows may be NaN.
-        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, tf.float32), weight) for gradient in dense]
+        weighted = [tf.math.multiply_no_nan(tf.cast(gradient, dtype), weight) for gradient in dense]
         vector = self.note("reduce", packed([*weighted, weight, requested]))
         vector = self.note("reduced", self.sum(vector))
         *sums, weights, requests = unpacked(vector, [*weighted, weight, weight])
         factor = 1.0 / weights
-        return [tf.cast(total * factor, gradient.dtype) for total, gradient in zip(sums, dense, strict=True)], requests
+        means = [tf.cast(total * factor, gradient.dtype) for total, gradient in zip(sums, dense, strict=True)]
+        return means, tf.cast(requests, requested.dtype)
 
     # What depends on other rows of the batch
 
@@ -241,7 +243,7 @@ class OneReplica:
         return of_layer
 
     def _moments(self, x: tf.Tensor, axes: Any, keepdims: bool) -> tuple[tf.Tensor, tf.Tensor]:
-        """Mean and variance of the rows of all replicas, by the formula of Keras."""
+        """Mean and variance of the rows of all replicas."""
         if getattr(self._of_replica, "rows", None) is None:
             return tf.nn.moments(x, axes, keepdims=keepdims)
         if self.within_xla:
@@ -250,11 +252,14 @@ class OneReplica:
                 "device: compile with jit_compile=False, or use another normalisation"
             )
             return tf.nn.moments(x, axes, keepdims=keepdims)
-        total, squared, count = self._sums(
-            [tf.reduce_sum(value, axis=axes, keepdims=True) for value in (x, tf.square(x), tf.ones_like(x))]
-        )
+        # Deviations from the mean of these rows, so that a variance that is small beside the square of the mean is as
+        # exact as in one process; what is summed are a few numbers for each channel, in float64.
+        here, variance = (tf.cast(value, tf.float64) for value in tf.nn.moments(x, axes, keepdims=True))
+        count = tf.cast(tf.size(x) / tf.size(here), tf.float64)
+        total, squared, count = self._sums([here * count, (variance + tf.square(here)) * count, count])
         mean = tf.math.divide_no_nan(total, count)
         variance = tf.maximum(tf.math.divide_no_nan(squared, count) - tf.square(mean), 0.0)
+        mean, variance = tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
         return (mean, variance) if keepdims else (tf.squeeze(mean, axes), tf.squeeze(variance, axes))
 
     def _sums(self, values: list[tf.Tensor]) -> list[tf.Tensor]:
@@ -263,7 +268,7 @@ class OneReplica:
         The gradient of a replica's loss is weighted by its rows only after the backward pass. The backward pass through
         a sum therefore weights the gradients of all replicas by their rows, and divides by the rows of its own.
         """
-        weight = tf.cast(self._of_replica.rows, tf.float32)
+        weight = tf.cast(self._of_replica.rows, widest(values))
 
         @tf.custom_gradient
         def summed(vector: tf.Tensor) -> Any:

@@ -5,8 +5,14 @@ from typing import Any
 import tensorflow as tf
 
 
-def packed(values: list[Any], dtype: tf.DType = tf.float32) -> tf.Tensor:
-    """Concatenates tensors into one vector."""
+def widest(values: list[Any]) -> tf.DType:
+    """The dtype in which sums of these tensors lose nothing that they had."""
+    return tf.float64 if any(value.dtype == tf.float64 for value in values) else tf.float32
+
+
+def packed(values: list[Any], dtype: tf.DType | None = None) -> tf.Tensor:
+    """Concatenates tensors into one vector; of float64 if one of them is, otherwise of float32."""
+    dtype = dtype or widest(values)
     return tf.concat([tf.reshape(tf.cast(value, dtype), [-1]) for value in values], axis=0)
 
 
