@@ -24,6 +24,10 @@ functions.py            the functions that Keras calls for steps and predictions
 one_replica.py          what Keras sees within a step: one replica, with sums over all
 metrics.py              metrics and logs over all replicas; finds batches that differ
 first_step.py           compares a step of one process with that of the workers
+comparison.py           whether two computations of a step found the same
+few_rows.py             the first rows of the first batch of all workers
+precision.py            the precision of this comparison
+exchange.py             what workers tell each other outside of a step
 constant_randomness.py  random numbers for this comparison
 guard.py                ends a call in which a worker would wait for ever
 writing_callbacks.py    the first worker alone writes files

@@ -111,10 +111,19 @@ def constant_randomness() -> Iterator[list[tuple[keras.Variable, np.ndarray]]]:
         def created_in(owner: Any, *args: Any, **kwargs: Any) -> keras.Variable:
             with replaced(creating, "layer", owner):
                 variable = create(owner, *args, **kwargs)
-            created.append((variable, tf.identity(variable.value).numpy()))
+            if tf.executing_eagerly():  # otherwise it gets its value later
+                created.append((variable, tf.identity(variable.value).numpy()))
             return variable
 
         return created_in
+
+    def noting_later(initialize: Callable[[keras.Variable], None]) -> Callable[[keras.Variable], None]:
+        def initialized(variable: keras.Variable) -> None:
+            with replaced(creating, "layer", variable):
+                initialize(variable)
+            created.append((variable, tf.identity(variable.value).numpy()))
+
+        return initialized
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(0)
@@ -128,6 +137,9 @@ def constant_randomness() -> Iterator[list[tuple[keras.Variable, np.ndarray]]]:
             for name, function in functions.items():
                 stack.enter_context(replaced(owner, name, outside_creation(getattr(owner, name), function)))
         stack.enter_context(replaced(keras.Layer, "add_weight", noting(keras.Layer.add_weight)))
+        stack.enter_context(
+            replaced(keras.Variable, "_deferred_initialize", noting_later(keras.Variable._deferred_initialize))
+        )
         stack.enter_context(replaced(keras.metrics.Metric, "add_variable", noting(keras.metrics.Metric.add_variable)))
         try:
             yield created

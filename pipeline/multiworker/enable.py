@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 
 from .data import Share, rows_of, shares, with_a_row
-from .first_step import FirstStep
+from .exchange import of_all_workers
+from .first_step import FirstStep, is_built
 from .functions import StepFunction, predict_function, shares_of_batch
 from .guard import guard_of
 from .iterators import BackgroundReleased
@@ -103,7 +104,7 @@ class _MultiWorker:
         self.several = self.replica.num_replicas > 1
         self.logs = Logs(model, self.replica)
         self.guard = guard_of(self.strategy)
-        self.first_step = FirstStep(model, self.replica, self.logs) if check and self.several else None
+        self.first_step = FirstStep(model, self.replica, self.logs, check) if self.several else None
         self.keras_calls = {name: getattr(type(model), name).__get__(model) for name in CALLS}
         self.keras_symbolic_build = type(model)._maybe_symbolic_build.__get__(model)
 
@@ -159,7 +160,7 @@ class _MultiWorker:
             given.arguments["callbacks"] = own
             history = self.keras_calls["fit"](*given.args, **given.kwargs)
         with self.guard.waiting():  # no worker returns before everything is written
-            self.strategy.gather(tf.constant([self.guard.rank]), axis=0)
+            of_all_workers(self.strategy, self.guard.rank)
         return history
 
     def _predict_on_batch(self, x: Any) -> Any:
@@ -194,7 +195,7 @@ class _MultiWorker:
     def _refuse_other_numbers(self, batches: int | None) -> None:
         """Raises a ValueError if Keras would end an epoch after other numbers of batches on other workers."""
         with self.guard.waiting():
-            numbers = self.strategy.gather(tf.constant([-1 if batches is None else batches]), axis=0).numpy().tolist()
+            numbers = of_all_workers(self.strategy, -1 if batches is None else batches)
         if len(set(numbers)) > 1:
             raise ValueError(f"{DIFFERENT_BATCHES} (batches of an epoch: {numbers})")
 
@@ -210,8 +211,9 @@ class _MultiWorker:
         if model.optimizer is not None and self.several:
             adopt(model.optimizer, self.strategy)
         own_step = type(model).train_step is not keras.Model.train_step
-        # A model with a step of its own need not have a `call`, or one that takes the batch. A single process needs
-        # none of this, but callbacks then find the same variables before the first step.
+        if own_step and not is_built(model):
+            return  # by its step, because its `call` may take something else than the batch
+        # A single process needs none of this, but callbacks then find the same variables before the first step.
         may_fail = own_step or not self.several
         with contextlib.suppress(Exception) if may_fail else contextlib.nullcontext(), self.strategy.scope():
             model._symbolic_build(data_batch=tf.nest.map_structure(symbolic, batch))

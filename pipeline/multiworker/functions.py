@@ -10,6 +10,7 @@ from .data import Share, rows_of, share, with_a_row
 from .first_step import FirstStep
 from .guard import Guard, rank_of
 from .iterators import BackgroundReleased
+from .keras_internals import collectives_that_are_repeated
 from .metrics import Logs
 from .one_replica import OneReplica
 
@@ -57,7 +58,7 @@ class StepFunction:
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return self.logs.refusing(lambda: self._on_batch(next(iterator)))  # called by `train_on_batch`
         use_first = tf.constant(False)
-        if self.first_step and iterator.element_spec != self._checked:
+        if self.first_step and self.first_step.is_needed and iterator.element_spec != self._checked:
             self._first, use_first = next(iterator), tf.constant(True)
             self.first_step.check(self.step, self._first)
             # A function of its own, so that all workers trace it. A worker that traced another number of times than the
@@ -84,6 +85,10 @@ class StepFunction:
         return self._finished(self._run(data))
 
     def _several_steps(self, iterator: Any, first: Any, use_first: tf.Tensor) -> dict[str, tf.Tensor]:
+        with collectives_that_are_repeated():
+            return self._steps(iterator, first, use_first)
+
+    def _steps(self, iterator: Any, first: Any, use_first: tf.Tensor) -> dict[str, tf.Tensor]:
         data = iterator.get_next() if first is None else tf.cond(use_first, lambda: first, iterator.get_next)
         outputs = self._run(data)
         if self.model.steps_per_execution > 1:
@@ -116,7 +121,7 @@ class StepFunction:
 
         key = (present, tuple((tuple(spec.shape), spec.dtype) for spec in specs))
         if key not in self._of_batch:
-            if self.first_step:
+            if self.first_step and self.first_step.is_needed:
                 self.first_step.check(self.step, own)
             self._of_batch[key] = self._compiled(one_step, input_signature=specs)
         return self._of_batch[key](*tensors)

@@ -17,7 +17,7 @@ from keras.src.backend.tensorflow import trainer as keras_trainer
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers import base_optimizer
 from keras.src.trainers import compile_utils
-from tensorflow.python.distribute import collective_all_reduce_strategy
+from tensorflow.python.distribute import collective_all_reduce_strategy, cross_device_utils
 from tensorflow.python.distribute import values as tf_values
 from tensorflow.python.eager import context as tf_eager
 from tensorflow.python.ops import random_ops as tf_random
@@ -60,7 +60,11 @@ PRIVATE_NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
     # The moments of BatchNormalization.
     "_moments": (keras.layers.BatchNormalization, ("self", "inputs", "mask")),
     "_compute_moments_sync": (keras_nn, ("x", "axes", "keepdims")),
+    # Gives a variable its value that was made while a model was built symbolically.
+    "_deferred_initialize": (keras.Variable, ("self",)),
     "_flatten_layers": (keras.Layer, ("self", "include_self", "recursive")),
+    # Whether each call of a collective operation in a function gets a number of its own, which TensorFlow then keeps.
+    "_use_unique_instance_key": (cross_device_utils.CollectiveReplicaLauncher, ("self",)),
     # The store of keys and values that all workers share.
     "set_config_key_value": (tf_context.Context, ("self", "key", "value")),
     "get_config_key_value": (tf_context.Context, ("self", "key", "timeout_in_ms")),
@@ -104,6 +108,18 @@ def local_spec(spec: Any) -> Any:
     return tf.nest.map_structure(
         lambda value: value._value_specs[0] if isinstance(value, tf_values.PerReplicaSpec) else value, spec
     )
+
+
+@contextlib.contextmanager
+def collectives_that_are_repeated() -> Iterator[None]:
+    """The collective operations of a function that is traced in this context have the same numbers in every call.
+
+    Otherwise TensorFlow asks the first worker in every call about an operation that it has not seen, and keeps what it
+    was told: some kB in every step. All workers have to trace as many functions in the same order.
+    """
+    launcher = cross_device_utils.CollectiveReplicaLauncher
+    with replaced(launcher, "_use_unique_instance_key", lambda self: False):
+        yield
 
 
 def owner_of(cls: type, name: str) -> Any:

@@ -85,3 +85,36 @@ def predict_step_of_ones_own(worker: Worker) -> Result:
     result = fitted(model, X, T)
     predicted = model.predict(X, batch_size=BATCH, verbose=0)
     return result | {f"predicted {name}": value for name, value in predicted.items()}
+
+
+class BuiltInItsStep(keras.Model):
+    """The batches of its `train_step` are not those of its `call`, and its layers have no weights before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        return self.out(self.hidden(x))
+
+    def train_step(self, data: Any) -> Any:
+        first, second, target = data
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(keras.ops.square(self(keras.ops.concatenate([first, second], -1)) - target))
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_weights), self.trainable_weights, strict=True)
+        )
+        return {"step_loss": loss}  # Keras would log its own tracker as "loss"
+
+
+@case()
+def weights_that_are_made_in_the_step(worker: Worker) -> Result:
+    """weights that a `train_step` of one's own makes in its first call"""
+    return fitted(worker.compiled(BuiltInItsStep), dataset(X[:96, :2], X[:96, 2:], T[:96], size=8))
+
+
+@case()
+def weights_that_are_made_in_the_step_unchecked(worker: Worker) -> Result:
+    """the same with `enable(model, check=False)`"""
+    model = worker.compiled(BuiltInItsStep, enable={"check": False})
+    return fitted(model, dataset(X[:96, :2], X[:96, 2:], T[:96], size=8))

@@ -1,5 +1,6 @@
 """Features of `compile` and of `enable`"""
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from case_registry import (
     dataset,
     fitted,
     outcome,
+    regressor,
 )
 
 from pipeline import multiworker
@@ -270,3 +272,27 @@ def dropout(worker: Worker) -> Result:
     assert all(0.2 < np.mean(mask > 0) < 0.8 for mask in masks)
     assert len({mask.tobytes() for mask in masks}) == worker.num_workers
     return {"repeated": True}
+
+
+@case(learns=False)
+def memory_of_many_steps(worker: Worker) -> Result:
+    """3,000 steps: the memory of a process does not grow by more than 0.5 kB a step"""
+    model = worker.compiled(regressor, "mse")
+    data = tf.data.Dataset.from_tensors((X[:BATCH], T[:BATCH])).repeat()
+    memory: dict[int, int] = {}
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch in (1000, 2999):
+                memory[batch] = resident()
+
+    model.fit(data, steps_per_epoch=3000, verbose=0, callbacks=[Watch()])
+    grown = (memory[2999] - memory[1000]) / 1999
+    assert grown < 500, f"{grown:.0f} bytes a step"
+    return {"flat": True}
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds, files left out."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
