@@ -33,7 +33,7 @@ def difference(alone: Found, together: Found, parts: list[int], rounding: dict[s
             return _message(name, f"of shape {one.shape}", f"of shape {several.shape}", parts)
         at = _where_different(one, several, least, ROUNDING * (rounding or {}).get(name, 0.0))
         if at is not None:
-            return _message(name, f"{one.flat[at]:.6g}", f"{several.flat[at]:.6g}", parts)
+            return _message(name, _shown(one.flat[at]), _shown(several.flat[at]), parts)
     return ""
 
 
@@ -59,8 +59,8 @@ def _where_different(one: np.ndarray, several: np.ndarray, least: float, roundin
     """Index of the entry that differs most, or None."""
     if np.array_equal(one, several):
         return None
-    if not one.size or not np.issubdtype(one.dtype, np.number):
-        return 0
+    if not np.issubdtype(one.dtype, np.number):
+        return int((one != several).argmax())
     with np.errstate(invalid="ignore", over="ignore"):
         if np.max(np.abs(one - several)) <= TOLERANCE * max(least, np.max(np.abs(one))) < np.inf:
             return None  # which is usual; a NaN is not, and is looked at below
@@ -69,6 +69,10 @@ def _where_different(one: np.ndarray, several: np.ndarray, least: float, roundin
     scale = max(least, float(finite.max()) if finite.size else 0.0)
     worst = int(distances.argmax())
     return worst if distances[worst] > TOLERANCE * scale + rounding else None
+
+
+def _shown(value: np.generic) -> str:
+    return f"{value:.6g}" if isinstance(value, np.number) else str(value)
 
 
 def _message(name: str, one: str, several: str, parts: list[int]) -> str:
