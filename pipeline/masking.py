@@ -18,8 +18,8 @@ MASK = "***"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # Repetitions are bounded, so that the time is that of one pass, whatever the text is.
 _SECRET_NAME = (
-    r"[\w.-]{0,64}(?:passw(?:or)?d|passphrase|pwd|secret(?:_?key)?|token|credential|access_?key|account_?key|api_?key"
-    r"|private_?key)(?:_id)?"
+    r"[\w.-]{0,64}(?:passw(?:or)?d|passphrase|pwd|_pass|secret(?:[_-]?key)?|token|credential"
+    r"|(?:access|account|api|private|encryption|signing|master|fernet|shared)[_-]?key)(?:_id)?"
 )
 # A login ends at the last @ before the path, or, since databases take a password with a slash, at the first @ at all.
 _LOGIN = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]{0,512}|[^\s/:@'\"]{1,256}:(?!\d+(?:/|$))[^\s@'\"]{0,512})@")
@@ -31,8 +31,14 @@ _ASSIGNED = re.compile(
     r"(\"[^\"\n]+\"|'[^'\n]+'|[^\s\"'$(){}\[\],;=]+(?![\w.]*[(\[]))",
     re.I,
 )
+_HEADER = re.compile(
+    r"(\bAuthorization[\"']?[ \t]{0,8}[:=][ \t]{0,8}[\"']?\w{1,32}|\bBearer)[ \t]{1,8}[\w.~+/=-]{6,4096}", re.I
+)
+_KEY_BLOCK = re.compile(r"(-----BEGIN [A-Z ]{0,32}PRIVATE KEY-----)(?:(?!-----BEGIN)[\s\S]){1,16384}?(?=-----END |\Z)")
 _WHOLE_URI = re.compile(r"(?:^|=)[A-Za-z][\w+.-]*://(?P<rest>\S+)$")
-_SECRET_VARIABLE = re.compile(r"(?:PASSWORD|SECRET|TOKEN|ACCESS_KEY|SECRET_KEY|API_KEY)$")
+_SECRET_VARIABLE = re.compile(
+    r"(?:PASSWORD|PASSWD|_PASS|_PWD|SECRET|TOKEN|(?:ACCESS|SECRET|API|PRIVATE|ENCRYPTION)_KEY)$"
+)
 # A shorter secret is part of ordinary words; it is hidden by its form alone.
 _SHORTEST = 6
 _NO_SECRETS = {"none", "null", "true", "false", "str", "bytes", "int", "bool", MASK}
@@ -44,6 +50,8 @@ def mask(text: str) -> str:
     text = _LOGIN_WITHOUT_SLASHES.sub(rf"\1:{MASK}@", text)
     text = _IN_QUERY.sub(rf"\1={MASK}", text)
     text = _ASSIGNED.sub(_hide_assigned, text)
+    text = _HEADER.sub(rf"\1 {MASK}", text)
+    text = _KEY_BLOCK.sub(rf"\1{MASK}", text)
     for secret in _own_secrets():
         text = text.replace(secret, MASK)
     return text

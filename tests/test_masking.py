@@ -27,6 +27,15 @@ from pipeline.masking import mask, masked
         ("+    AWS_SECRET_ACCESS_KEY: hunter2", "+    AWS_SECRET_ACCESS_KEY: ***"),
         ("export MLFLOW_TRACKING_PASSWORD='hunter2'", "export MLFLOW_TRACKING_PASSWORD=***"),
         ('"api_key": "hunter2",', '"api_key": ***,'),
+        ("x-api-key: hunter2", "x-api-key: ***"),
+        ("DB_PASS=hunter2", "DB_PASS=***"),
+        ("fernet_key: hunter2", "fernet_key: ***"),
+        ("Authorization: Basic aHVudGVyMg==", "Authorization: Basic ***"),
+        ('"Authorization": "Bearer hunter2"', '"Authorization": "Bearer ***"'),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nhun\nter2\n-----END RSA PRIVATE KEY-----",
+            "-----BEGIN RSA PRIVATE KEY-----***-----END RSA PRIVATE KEY-----",
+        ),
     ],
 )
 def test_a_secret_is_hidden(text: str, expected: str) -> None:
@@ -43,6 +52,8 @@ def test_a_secret_is_hidden(text: str, expected: str) -> None:
         "s3://bucket/runs?endpoint_override=localhost:8333&scheme=http",
         "num_tokens = 64, tokens=3",
         "    token = read_token()",
+        "a basic understanding of keys: private ones",
+        "bypass=everything",
         "    token: str | None = None",
         "PASSWORD=$MLFLOW_TRACKING_PASSWORD",
     ],
@@ -59,7 +70,10 @@ def test_the_secrets_of_this_process_are_hidden_however_they_are_quoted(monkeypa
     assert mask(text) == "nonnumeric port: '***@db', '***'; *** is not the key, nor is ***"
 
 
-@pytest.mark.parametrize("piece", ["a.", "a:", "://", "a-b ", "secret ", "x@", "token=a&", "A" * 100])
+@pytest.mark.parametrize(
+    "piece",
+    ["a.", "a:", "://", "a-b ", "secret ", "x@", "token=a&", "A" * 100, "Bearer ", "-----BEGIN PRIVATE KEY-----"],
+)
 def test_a_long_text_takes_one_pass(piece: str) -> None:
     text = piece * (100_000 // len(piece))
     start = time.process_time()

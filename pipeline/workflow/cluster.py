@@ -33,7 +33,7 @@ REMEDIES = (
     (("no space left",), "make room, or set RAY_TMPDIR to a folder with room"),
     (("home directory", "getpwuid", "uid not found"), "set HOME to a folder of this user"),
     (
-        ("permission denied", "not a directory", "file exists", "read-only"),
+        ("permission denied", "not a directory", "file exists", "read-only", "no such file"),
         "set RAY_TMPDIR to a folder that this user may write, and HOME to one of this user",
     ),
 )
