@@ -18,6 +18,8 @@ CHAMPION = "champion"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[\w-]+))?")
 EXPECTED_PYTHON = ("env", "loader_module", "python_version")
 """What MLflow writes of a `python_function` that has no code of its own."""
+_DESCRIPTION_BYTES = 16 << 20
+"""Of an MLmodel file, which is mostly names of classes; YAML takes a hundred times as much memory."""
 REMEDY = "give models:/NAME/VERSION, models:/NAME@ALIAS or a folder with an MLmodel file"
 
 
@@ -54,6 +56,8 @@ class RegisteredModel:
             ValueError: If it is not an image classifier with class names in its metadata, or of another kind.
         """
         try:
+            if (size := (folder / "MLmodel").stat().st_size) > _DESCRIPTION_BYTES:
+                raise ValueError(f"it has {size:,} bytes")
             model = Model.load(str(folder))
         except Exception as error:  # of a file that is no MLmodel: a YAML error, a KeyError, a TypeError
             raise ValueError(f"model = {uri!r} has no MLmodel file that can be read: {error}") from error
@@ -63,11 +67,15 @@ class RegisteredModel:
         names = metadata.get("label_names")
         inputs = model.signature.inputs.inputs if model.signature is not None else []
         shape = tuple(getattr(inputs[0], "shape", ())) if len(inputs) == 1 else ()
-        if not isinstance(names, list) or len(shape) != 4 or inputs[0].type != np.uint8:
+        # Names that are lists of lists of ... of one another would take for ever to write down.
+        are_names = isinstance(names, list) and all(isinstance(name, str | int) for name in names)
+        is_shape = len(shape) == 4 and all(isinstance(size, int) and size > 0 for size in shape[1:])
+        if not are_names or not is_shape or inputs[0].type != np.uint8:
             raise ValueError(
                 f"model = {uri!r} does not take one array of uint8 images (N, H, W, C), or has no label_names in its "
                 "metadata: it was not registered by this pipeline"
             )
+        assert isinstance(names, list)
         decoding = metadata.get("decoding")
         resize = decoding.get("resize") if isinstance(decoding, Mapping) else None
         return cls(uri, folder, str(model.model_uuid), shape[1:], tuple(map(str, names)), resize)

@@ -1,7 +1,10 @@
 """A model of a stranger runs no Python code when it is described or loaded, unless it is trusted."""
 
+import json
 import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,67 @@ def test_a_trusted_model_runs_its_code(exported: Path, tmp_path: Path, monkeypat
     assert not (folder / "ran").exists(), "to describe it runs nothing"
     model.load()
     assert (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("label_names", "shape"),
+    [
+        (lambda: nested(60), None),
+        (lambda: {"a": 1}, None),
+        (lambda: None, (-1, -1, 8, 1)),
+        (lambda: None, (-1, 8, 0, 1)),
+        (lambda: None, (-1, 8, 8)),
+    ],
+    ids=["names that grow without end", "a mapping", "any height", "no width", "no channels"],
+)
+def test_a_description_that_is_no_classifier_is_refused(
+    label_names: Callable[[], Any], shape: tuple[int, ...] | None, exported: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    if (names := label_names()) is not None:
+        described["metadata"]["label_names"] = names
+    if shape:
+        described["signature"]["inputs"] = json.dumps(
+            [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": shape}}]
+        )
+    (folder / "MLmodel").write_text(yaml.safe_dump(described))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"does not take one array of uint8|no MLmodel file that can"):
+        fetch(str(folder), None, tmp_path)
+    assert time.monotonic() - began < 5
+
+
+def nested(depth: int) -> list[Any]:
+    """Lists that YAML writes in a few lines, and `str` in 2 ** depth words."""
+    value: list[Any] = ["x", "x"]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['touch ran']\n",
+        "flavors: !!python/object/new:os.system ['touch ran']\n",
+        "[" * 100_000,
+        "- not a mapping\n",
+        "\0",
+        "#" + "x" * (17 << 20),
+    ],
+    ids=["tag", "tag within", "brackets", "list", "nul", "17 MiB"],
+)
+def test_a_description_that_cannot_be_read_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="has no MLmodel file that can be read:") as caught:
+        fetch(str(tmp_path / "model"), None, tmp_path)
+    assert time.monotonic() - began < 5
+    assert len(str(caught.value)) < 1000
+    assert not (tmp_path / "ran").exists()
