@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,11 +24,11 @@ from pipeline.command import libraries_to_log, run_command
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.ingest import load
-from pipeline.data.rows import Rows, rows_digest, stratified_split
+from pipeline.data.rows import RawDataset, Rows, rows_digest, stratified_split
 from pipeline.data.sources import source_of
 from pipeline.evaluation.calibration import reliability
 from pipeline.evaluation.metrics import scores
-from pipeline.registry.fetch import fetch, version_tags
+from pipeline.registry.fetch import RegisteredModel, fetch, version_tags
 
 BATCH_SIZE, CALIBRATION_BINS = 256, 15
 
@@ -67,13 +68,14 @@ def evaluate_version(options: Options) -> dict[str, Any]:
                 f"model = {options.model!r} takes images {model.image_shape}, but data.source = {options.data.source} "
                 f"has {shape}: give --data.source"
             )
+        raw = load(data)
+        rows, number_of = _rows(data, raw, options.split), _class_numbers(raw.label_names, model)
         predict = model.load()
-        rows = _rows(data, options.split)
         start = time.perf_counter()
         batches = range(0, len(rows), BATCH_SIZE)
         probabilities = np.concatenate([predict(rows.images[i : i + BATCH_SIZE]) for i in batches])
         seconds = time.perf_counter() - start
-    digest = rows_digest(rows)
+    digest, labels = rows_digest(rows), number_of[rows.labels]
     registered_with = version_tags(model.uri, options.tracking_uri).get("test.sha256")
     # The model returns probabilities: their logarithms are logits with the same softmax.
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
@@ -83,15 +85,31 @@ def evaluate_version(options: Options) -> dict[str, Any]:
         "split": options.split,
         "sha256": digest,
         "is_registered_test_split": digest == registered_with,
-        **scores(logits, rows.labels),
-        "ece": reliability(probabilities, rows.labels, CALIBRATION_BINS)["ece"],
+        **scores(logits, labels),
+        "ece": reliability(probabilities, labels, CALIBRATION_BINS)["ece"],
         "images_per_second": len(rows) / seconds,
     }
 
 
-def _rows(data: DatasetConfig, split: str) -> Rows:
+def _class_numbers(names: Sequence[str], model: RegisteredModel) -> np.ndarray:
+    """The number that the model gives to each class of the data, int32 (classes,): by name, if the data have names.
+
+    Raises:
+        ValueError: if the model does not know a class.
+    """
+    known = {name: number for number, name in enumerate(model.label_names)}
+    if unknown := [name for name in names if name not in known]:
+        if list(names) == [str(number) for number in range(len(names))] and len(names) == len(known):
+            return np.arange(len(names), dtype=np.int32)  # numbers alone, which can only be those of the model
+        raise ValueError(
+            f"model = {model.uri!r} does not know {len(unknown)} of the {len(names)} classes of the data, such as "
+            f"{unknown[0]!r}; it knows {', '.join(model.label_names[:3])}, ...: give the data that it was trained for"
+        )
+    return np.array([known[name] for name in names], np.int32)
+
+
+def _rows(data: DatasetConfig, raw: RawDataset, split: str) -> Rows:
     """All rows of the split."""
-    raw = load(data)
     if split == "test":
         return raw.test
     if raw.validation is not None:

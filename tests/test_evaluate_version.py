@@ -10,15 +10,17 @@ import keras
 import numpy as np
 import pytest
 from image_models import register_perceiver, save_perceiver
+from PIL import Image
 
 from perceiver import presets
 from pipeline.data.config import DatasetConfig
+from pipeline.data.image_survey import find_images
 from pipeline.data.ingest import load
 from pipeline.data.rows import rows_digest
 from pipeline.evaluate_version import Options, evaluate_version
 from pipeline.evaluation.calibration import reliability
 from pipeline.evaluation.metrics import scores, softmax
-from pipeline.registry.fetch import fetch_file
+from pipeline.registry.fetch import fetch, fetch_file
 from pipeline.registry.promotion import Evidence
 from pipeline.registry.versions import RETRAIN_FILE
 from pipeline.tracking.tracker import Tracker
@@ -63,6 +65,32 @@ def test_other_rows_are_distinguished(registry: str) -> None:
     assert [found["num_examples"] for found in (train, validation, other)] == [1295, 142, 360]
     assert not any(found["is_registered_test_split"] for found in (train, validation, other))
     assert len({found["sha256"] for found in (train, validation, other)}) == 3
+
+
+def write_images(folder: Path, names: dict[int, str]) -> DatasetConfig:
+    """The digits of some classes as images in folders of these names."""
+    digits = load(DIGITS).test
+    for number, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
+        if int(label) in names:
+            path = folder / names[int(label)] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[..., 0]).save(path)
+    return DatasetConfig(source="files", path=str(folder))
+
+
+def test_classes_are_those_of_the_model_by_name(registry: str, tmp_path: Path) -> None:
+    """A folder with some of the classes numbers them from 0; the model does not."""
+    some = write_images(tmp_path / "some", {3: "3", 7: "7"})
+    found = evaluate_version(Options("models:/digits/1", registry, data=some))
+    rows = load(find_images(some, str(tmp_path), keep_survey=False)).test
+    predicted = fetch("models:/digits/1", registry, tmp_path / "model").load()(rows.images)
+    assert found["top1"] == pytest.approx(np.mean(predicted.argmax(axis=1) == np.array([3, 7])[rows.labels]))
+    assert found["num_examples"] == len(rows)
+    other = write_images(tmp_path / "other", {3: "3", 7: "seven"})
+    with pytest.raises(
+        ValueError, match="does not know 1 of the 2 classes of the data, such as 'seven'; it knows 0, 1"
+    ):
+        evaluate_version(Options("models:/digits/1", registry, data=other))
 
 
 def test_the_command_prints_json_or_an_error(registry: str) -> None:

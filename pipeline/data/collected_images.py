@@ -1,5 +1,6 @@
 """Images as they are found: their places, splits and labels, whatever the labels are called at first."""
 
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -145,6 +146,13 @@ class Collected:
             numbers: list[str | int] = list(range(high + 1 if names is None else top))
             return numbers, [str(label) for label in numbers] if names is None else list(names)
         ordered = sorted(found, key=str)
+        alike: dict[str, object] = {}
+        for label in ordered:  # a blank at the end, or the accents of another operating system
+            if (other := alike.setdefault(unicodedata.normalize("NFC", str(label)).strip(), label)) != label:
+                raise self.fail(
+                    f"the {what} {str(other)!r} and {str(label)!r} differ in blanks or in how accents are written "
+                    f"({other!a}, {label!a}): rename one"
+                )
         return ordered, [str(label) for label in ordered]
 
 

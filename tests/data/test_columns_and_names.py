@@ -113,6 +113,12 @@ def test_names_and_arrays_that_mean_nothing(arrays: dict[str, np.ndarray], messa
         list_images(npz(tmp_path, **arrays))
 
 
+@pytest.mark.parametrize("other", ["caf\xe9 ", "cafe\u0301"])
+def test_two_classes_that_look_alike_are_refused(other: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"differ in blanks or in how accents are written .*xe9.*: rename one"):
+        list_images(npz(tmp_path, labels=np.array(["caf\xe9", other] * 2)))
+
+
 def test_names_that_are_unusual_and_no_harm(tmp_path: Path) -> None:
     # A space that does not break, a family of emoji with joiners, and text from right to left.
     names = ["caf\xe9\xa0noir", "\U0001f468‍\U0001f469", "عربي", "a"]
