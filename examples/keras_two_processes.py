@@ -26,6 +26,7 @@ def train() -> None:
     # By default each process would use all cores. The strategy starts TensorFlow, so this must come before it.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    multiworker.wait_for_workers()  # says for whom it waits; TensorFlow would wait for an hour
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(0)  # the same in all processes: each shuffles all rows and takes its share
 

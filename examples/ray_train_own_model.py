@@ -23,6 +23,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> list[float]:
     # By default each worker would use all cores. The strategy starts TensorFlow, so this must come before it.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    multiworker.wait_for_workers()  # says for whom it waits; TensorFlow would wait for an hour
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(config["seed"])  # the same on all workers: each shuffles all rows and takes its share
 

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline.evaluation": (*GROUND, "pipeline.data", "perceiver"),
     "pipeline.registry": (*GROUND, "pipeline.tracking", "perceiver"),
     "pipeline.workers": (
+        "pipeline.multiworker",
         *GROUND,
         "pipeline.training",
         "pipeline.data",

@@ -2,6 +2,7 @@
 
 Stock Keras 3.15 fails there (https://github.com/keras-team/keras/issues/20585). One call fixes it:
 
+    multiworker.wait_for_workers()  # or an error; TensorFlow alone would wait for an hour
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(0)  # the same on every worker, because each worker shuffles the data itself
     with strategy.scope():
@@ -18,6 +19,7 @@ The package needs only TF_CONFIG, and neither Ray nor the rest of this project. 
 what is refused, and why.
 
 proxies.py              keeps HTTP proxies out of the way of the workers
+rendezvous.py           waits until the workers reach one another
 enable.py               the methods of a model that are replaced
 data.py                 a replica's share of a global batch; batches that a worker has for itself
 functions.py            the functions that Keras calls for steps and predictions
@@ -40,6 +42,7 @@ from .data import distribute
 from .enable import enable
 from .keras_internals import PRIVATE_ATTRIBUTES, PRIVATE_NAMES, check_keras
 from .proxies import bypass_proxies
+from .rendezvous import wait_for_workers
 from .stop_signal import StopSignal
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "check_keras",
     "distribute",
     "enable",
+    "wait_for_workers",
 ]
 
 # When the package is imported, because the strategy, which is created next, would hang.

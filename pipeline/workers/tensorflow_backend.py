@@ -25,6 +25,8 @@ LOOPBACK = "127.0.0.1"
 PEERS_VARIABLE = "PERCEIVER_PEERS"
 """Environment variable of a worker: the addresses at which it sees the workers of its group, as a list in JSON; null if
 its port stays open."""
+REACH_SECONDS = 20.0
+"""How long the workers, all of which run, may take to reach one another."""
 _LISTEN_SECONDS = 5.0
 """How long TensorFlow's port may take to listen when the strategy exists."""
 
@@ -62,6 +64,10 @@ class _TensorFlowBackend(Backend):
             addresses = [f"{LOOPBACK}:{address.rpartition(':')[2]}" for address in addresses]
         open_ports = refused[0] if refused and len(addresses) > 1 else ""
         backend_config.channel.report(WorkersStarted(tuple(addresses), open_ports, next(filter(None, advice), "")))
+        if len(addresses) > 1:
+            ray.get([worker_group.execute_single_async(rank, _listen, each) for rank, each in enumerate(addresses)])
+            worker_group.execute(_reach, addresses)
+            worker_group.execute(_stop_listening)
         seen = worker_group.execute(_addresses_seen, addresses)
         ray.get(
             [
@@ -127,6 +133,33 @@ def _free_address() -> tuple[str, str]:
         except OSError as error:
             refusal = _refusal(error)
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", refusal
+
+
+_listener: socket.socket | None = None
+
+
+def _listen(address: str) -> None:
+    """Listens at the port that TensorFlow will open later, so that the others can try whether they reach it."""
+    global _listener
+    from pipeline.multiworker import rendezvous  # only here, since the package imports TensorFlow
+
+    try:
+        _listener = rendezvous.listening(int(address.rpartition(":")[2]))
+    except OSError as error:
+        raise WorkerError(f"the worker on {socket.gethostname()} cannot listen at {address}: {error}") from error
+
+
+def _reach(addresses: list[str]) -> None:
+    """Tries to connect to all workers: TensorFlow would wait an hour for one that a firewall hides."""
+    from pipeline.multiworker import rendezvous
+
+    if missing := rendezvous.unreached(addresses, REACH_SECONDS):
+        raise WorkerError(rendezvous.why_unreached(missing, REACH_SECONDS))
+
+
+def _stop_listening() -> None:
+    if _listener:
+        _listener.close()
 
 
 def _addresses_seen(addresses: list[str]) -> list[str]:
