@@ -78,6 +78,27 @@ def run(address: str, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tests_of_gpus_would_run() -> None:
+    """On CPUs, in a process of its own: what they compare is then equal, and none of them fails."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/gpu"]
+    environment = os.environ | {"PERCEIVER_REHEARSE_GPU_TESTS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
+def test_the_tests_of_gpus_are_skipped_with_the_reason_where_there_is_none() -> None:
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this machine has NVIDIA's driver")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
+    assert "no GPU: NVIDIA's driver is not loaded" in done.stdout
+    assert re.fullmatch(r"\d+ skipped in .*", done.stdout.splitlines()[-1]), done.stdout
+
+
 def test_the_message_names_what_is_there_and_the_remedy() -> None:
     with pytest.raises(GpuError, match=rf"^train\.{SEES_NONE} .*: .*--train\.no-use-gpu$"):
         require_gpu("train.use_gpu")
