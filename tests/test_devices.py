@@ -20,28 +20,17 @@ import pytest
 import tensorflow as tf
 from image_models import IMAGE_SHAPE, save_model
 
-from perceiver.config import PerceiverConfig
-from perceiver.model import Perceiver
 from pipeline import devices
-from pipeline.data.image_files import Part, read_part
-from pipeline.data.rows import Rows
 from pipeline.devices import (
     GpuError,
-    OutOfMemoryError,
     best_precision,
     communication_options,
-    memory_errors,
     multiply_on_gpu,
     require_gpu,
     set_up_tensorflow,
     used_device,
     used_gpus,
 )
-from pipeline.inference import classifier
-from pipeline.storage import Storage
-from pipeline.training.config import TrainingConfig
-from pipeline.training.worker import Worker
-from pipeline.workers import in_process
 
 ROOT = Path(__file__).parents[1]
 SEES_NONE = r"use.gpu: Ray gave a process on \S+ the GPU .* TensorFlow \S+, built .*, sees none there; NVIDIA's"
@@ -219,48 +208,3 @@ def test_a_process_uses_one_gpu_and_only_if_it_was_asked_to(
     set_up_tensorflow(2, use_gpu)
     assert said == {"GPU": expected, "growth": expected}
     assert used_gpus() == 0, "this process has none"
-
-
-OOM = "OOM when allocating tensor with shape[9,9] and type float on /job:localhost/device:GPU:0 by allocator GPU_0_bfc"
-
-
-def exhausted(*_: object, **__: object) -> None:
-    raise tf.errors.ResourceExhaustedError(None, None, f"Graph execution error:\n\n{OOM}\n\t [[{{{{node a}}}}]]")
-
-
-def test_exhausted_memory_in_a_training_is_one_message_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_process, "set_up_tensorflow", lambda threads, use_gpu: None)  # it may run already
-    monkeypatch.setattr(Perceiver, "fit", exhausted)
-    shape: dict[str, Any] = {"stem": "patches", "patch_size": 4, "data_dim": 4, "num_latents": 2, "latent_dim": 4}
-    model = PerceiverConfig(image_shape=(8, 8, 1), num_classes=3, num_self_attention_heads=1, **shape)
-    rows = Rows(np.arange(8), np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32))
-    config = TrainingConfig(num_workers=1, epochs=1, global_batch_size=8)
-    message = (
-        rf"^the memory of .* on \S+ does not suffice: {re.escape(OOM)}: a worker has 8 rows of each step: take more "
-        r"workers than 1, or give --train.precision mixed_bfloat16 .*--model.remat, or a smaller "
-        r"--train.global-batch-size$"
-    )
-    with pytest.raises(OutOfMemoryError, match=message):
-        in_process.train_in_process(model, config, rows, rows, Worker(report=lambda metrics, folder: None))
-
-
-def test_exhausted_memory_in_an_actor_names_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "set_up_tensorflow", lambda threads, use_gpu: None)
-    save_model(tmp_path / "model")
-    files = {
-        str(p.relative_to(tmp_path / "model")): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()
-    }
-    actor = classifier.Classifier(files, "model", Storage(str(tmp_path / "out")), 1, batch_size=64, use_gpu=False)
-    actor._apply = exhausted  # type: ignore[assignment]
-    np.savez(tmp_path / "images.npz", images=np.zeros((2, *IMAGE_SHAPE), np.uint8))
-    rows = read_part(Part(0, 0, ("images.npz",), 0, 2), "npz", Storage(str(tmp_path)), IMAGE_SHAPE, resize=None)
-    with pytest.raises(OutOfMemoryError, match=r"OOM .*: give fewer images at a time than --batch-size 64$"):
-        actor(rows)
-
-
-def test_other_exhausted_resources_stay_what_they_are() -> None:
-    too_long = tf.errors.ResourceExhaustedError(None, None, "Received message larger than max (9 vs. 4)")
-    with pytest.raises(tf.errors.ResourceExhaustedError, match="larger than max"), memory_errors("remedy"):
-        raise too_long
-    with pytest.raises(OutOfMemoryError, match=r"remedy$"), memory_errors("remedy"):
-        raise tf.errors.InternalError(None, None, "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
