@@ -63,6 +63,8 @@ def open_storage(uri: str, option: str = "storage") -> "Storage":
     Raises:
         ValueError: if pyarrow knows no file system for the URI, or the storage does not answer or refuses to.
     """
+    if not uri.strip():  # as of a variable of the shell that is not set; it would be the folder of the command
+        raise ValueError(f"{option} = {uri!r}: give a folder or a URI that pyarrow.fs takes")
     if _is_local(uri):
         return Storage(uri)
     # In a process of its own, because the call can be ended in no other way. The URI may hold a key: not an argument.
@@ -82,7 +84,10 @@ def open_storage(uri: str, option: str = "storage") -> "Storage":
         ) from None
     if asked.returncode:
         why = asked.stderr.strip().rpartition("\n")[2]
-        Storage(uri)  # says so itself if the URI is none
+        try:
+            Storage(uri)
+        except ValueError as error:  # it is no URI of a storage
+            raise ValueError(str(error).replace("storage = ", f"{option} = ", 1)) from error
         raise ValueError(f"{option} = {uri!r} cannot be read and written: {why}")
     return Storage(uri)
 

@@ -117,6 +117,12 @@ def test_a_uri_keeps_its_options() -> None:
     assert (copy.uri, copy.root, copy.filesystem) == (storage.uri, storage.root, storage.filesystem)
 
 
+@pytest.mark.parametrize("uri", ["", "  "])
+def test_an_empty_path_is_not_the_folder_of_the_command(uri: str) -> None:
+    with pytest.raises(ValueError, match="input = '.*': give a folder or a URI"):
+        open_storage(uri, "input")
+
+
 def test_an_unknown_kind_of_store_is_refused() -> None:
     with pytest.raises(ValueError, match=r"storage = 'nope://host/runs': .* give a folder or a URI"):
         Storage("nope://host/runs")

@@ -81,24 +81,38 @@ def list_files(uri: str, option: str, output: Storage | None = None) -> FileTree
         found = _walk(whole.root, tree) if whole.is_local else _list(whole, tree)
     except OSError as error:
         raise ValueError(f"{option} = {uri!r} cannot be listed: {error}") from error
+    below = None if output is None else _place_below(tree.root, output)
     for path in sorted(found):
-        if reason := _why_left_out(path, tree.root, output):
+        if reason := _why_left_out(path, below):
             tree.leave_out(reason, path)
         else:
             tree.files[path] = found[path]
-    tree.folders = sorted(path for path in tree.folders if not _why_left_out(path, tree.root, output))
+    tree.folders = sorted(path for path in tree.folders if not _why_left_out(path, below))
     return tree
 
 
-def _why_left_out(path: str, root: Storage, output: Storage | None) -> str | None:
+def _why_left_out(path: str, output: str | None) -> str | None:
     parts = path.split("/")
     if any(part.startswith(".") for part in parts):
         return HIDDEN
     if SYSTEM_FOLDERS & set(parts):
         return SYSTEM
-    if output is not None and f"{root.fs_path(path)}/".startswith(f"{output.root}/"):
+    if output is not None and f"{path}/".startswith(output):
         return OUTPUT
     return None
+
+
+def _place_below(root: Storage, output: Storage) -> str | None:
+    """Where `output` is below `root`, with a slash at its end; None if it is not there."""
+    outer, inner = _real(root), _real(output)
+    if inner == outer:
+        return ""
+    return f"{inner.removeprefix(f'{outer}/')}/" if inner.startswith(f"{outer}/") else None
+
+
+def _real(storage: Storage) -> str:
+    """The root of a storage, whichever links lead to it."""
+    return os.path.realpath(storage.root) if storage.is_local else storage.root
 
 
 def _time(info: pafs.FileInfo) -> int:

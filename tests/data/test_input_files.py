@@ -50,7 +50,10 @@ def test_batch_inference_says_what_it_leaves_out(tmp_path: Path) -> None:
     for name in ("_job.json", "part-000000.parquet"):
         (folder / "output").mkdir(exist_ok=True)
         (folder / "output" / name).write_text("a result")
+    (tmp_path / "link").symlink_to(folder)
+    through_link = list_parts(str(folder), 10, Storage(str(tmp_path / "link" / "output")))
     source = list_parts(str(folder), 10, Storage(str(folder / "output")))
+    assert through_link.left_out == source.left_out
     (part,) = source.parts
     assert (source.kind, part.files) == ("images", ("_DSC0001.JPG", "_set/a.png", "b.PNG"))
     assert source.left_out == {
