@@ -119,7 +119,7 @@ def test_a_uri_keeps_its_options() -> None:
 
 @pytest.mark.parametrize("uri", ["", "  "])
 def test_an_empty_path_is_not_the_folder_of_the_command(uri: str) -> None:
-    with pytest.raises(ValueError, match="input = '.*': give a folder or a URI"):
+    with pytest.raises(ValueError, match=r"input = '.*': give a folder or a URI"):
         open_storage(uri, "input")
 
 
