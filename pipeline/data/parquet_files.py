@@ -16,7 +16,9 @@ from pipeline.data.excerpt import excerpt
 from pipeline.storage import Storage
 
 BATCH_ROWS = 8
-"""Rows that are decoded at a time; a dictionary may make each of them as large as the largest."""
+"""Rows that are decoded at a time, or fewer: a dictionary may make each of them as large as the largest."""
+BATCH_BYTES = 64 << 20
+"""What the rows of a batch may have if each is as large as the whole column of its row group."""
 FEW_ROWS = 1_000_000
 """A file may claim more rows than these only if it has as many bytes."""
 
@@ -100,7 +102,9 @@ def read_rows(
     """
     groups, skip = _row_groups(parquet, start, start + count)
     left = count
-    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
+    for batch in parquet.iter_batches(
+        _batch_rows(parquet, groups, columns), row_groups=groups, columns=columns, use_threads=False
+    ):
         wanted = batch.slice(skip, left)
         skip = max(0, skip - len(batch))
         left -= len(wanted)
@@ -112,6 +116,15 @@ def read_rows(
         raise ValueError(
             f"{name} claims {count:,} rows from row {start:,} on, and has {count - left:,}: write it again"
         )
+
+
+def _batch_rows(parquet: pq.ParquetFile, groups: list[int], columns: list[str]) -> int:
+    """Rows of a batch: so few that it has at most `BATCH_BYTES`, whatever is in these columns of the row groups."""
+    chunks = (
+        parquet.metadata.row_group(group).column(i) for group in groups for i in range(parquet.metadata.num_columns)
+    )
+    sizes = [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns]
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max([1, *sizes])))
 
 
 def _row_groups(parquet: pq.ParquetFile, start: int, stop: int) -> tuple[list[int], int]:

@@ -100,6 +100,11 @@ def few_values_many_rows(path: Path) -> None:
     pq.write_table(table, path.with_suffix(".parquet"), store_schema=False)
 
 
+def large_values_many_rows(path: Path) -> None:
+    table = pa.table({"image": repeated(bytes(150 * MIB), 4), "label": [0, 1] * 2})
+    pq.write_table(table, path.with_suffix(".parquet"), store_schema=False, compression="zstd")
+
+
 def one_large_row(path: Path) -> None:
     write_parquet(path.with_suffix(".parquet"), [bytes(300 * MIB), png()])
 
@@ -138,6 +143,7 @@ def gzip_with_a_long_name(path: Path) -> None:
 
 BOMBS: list[tuple[Callable[[Path], None], int, str]] = [
     (few_values_many_rows, 250, "500 rows, 500 without an image"),
+    (large_values_many_rows, 1300, "4 rows, 4 without an image"),
     (one_large_row, 1300, "2 rows, 1 without an image"),
     (long_labels, 400, "has a name of 1,048,576 characters"),
     (npz_of_other_arrays, 300, "expected 2 row_ids"),
