@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from postgresql_server import postgresql
+from pyarrow.fs import FileSelector, FileType
+from s3_server import ACCESS_KEY, SECRET_KEY, S3Server
+
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 PASSWORD = "hunter2hunter2"
@@ -56,6 +60,30 @@ def test_the_password_of_a_database_is_in_no_output_of_a_run(tmp_path: Path, ray
         assert len(runs) == 8, "one of the run and one of each task"
         assert PASSWORD not in str(recorded)
         assert "postgresql+psycopg2://***@127.0.0.1" in str(recorded)
+
+
+@pytest.mark.slow  # a store and a whole run with a search
+@pytest.mark.timeout(600)
+def test_the_keys_of_a_store_are_in_no_output_of_a_run(tmp_path: Path, ray_folder: Path) -> None:
+    with S3Server(tmp_path / "store") as server:
+        out, summary = tmp_path / "out", tmp_path / "out" / "summary.json"
+        out.mkdir()
+        uri = server.uri.replace("s3://", f"s3://{ACCESS_KEY}:{SECRET_KEY}@").replace("?", "/some?")
+        command = ["pipeline/run.py", "quickstart", "--storage", uri, "--tracking.uri", f"sqlite:///{out}/mlflow.db"]
+        command += ["--search.num-trials", "2", "--search.epochs", "1", "--search.grace-epochs", "1"]
+        command += ["--train.epochs", "1", "--train.warmup-epochs", "0", "--summary-json", str(summary)]
+        result = pipeline(*command, RAY_TMPDIR=str(ray_folder))
+        assert result.returncode == 0, result.stderr
+        assert SECRET_KEY not in result.stdout + result.stderr
+        assert "s3://***@runs/some" in result.stdout
+        assert files_with(SECRET_KEY, out, ray_folder) == []
+        storage = Storage(uri)
+        objects = storage.filesystem.get_file_info(FileSelector(storage.root, recursive=True))
+        paths = [info.path for info in objects if info.type == FileType.File]
+        assert len(paths) > 20
+        for path in paths:
+            with storage.filesystem.open_input_file(path) as file:
+                assert SECRET_KEY.encode() not in file.read(), path
 
 
 @pytest.mark.parametrize(

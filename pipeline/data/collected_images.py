@@ -66,7 +66,7 @@ class Collected:
 
     def _check_class(self, label: str, name: str) -> None:
         """Refuses names that are none, or that a terminal or a file of text would not show as they are."""
-        if not label:
+        if not label.strip():
             raise self.fail(f"{name} has no label: give it one, or leave it out")
         if CONTROL.search(label) or "\t" in label or "\n" in label:
             raise self.fail(f"{name} has the class {label!r}, with control characters: rename it")
@@ -92,6 +92,13 @@ class Collected:
             raise self.fail(
                 f"{file} has a name of {len(name):,} characters, more than {LONGEST_NAME:,}: write it again"
             )
+
+    def text(self, data: bytes, name: str) -> str:
+        """The text of a file, which must be UTF-8: names in another encoding would become others without a word."""
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
     def fail(self, message: str) -> ValueError:
         return ValueError(f"data.path = {self.path!r}: {message}")

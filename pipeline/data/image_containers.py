@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.bounded_tar import BoundedTarInfo
-from pipeline.data.collected_images import MAX_CLASSES, Collected, SplitFiles
+from pipeline.data.collected_images import LONGEST_NAME, MAX_CLASSES, Collected, SplitFiles
 from pipeline.data.config import MAX_PIXELS
 from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree
@@ -142,7 +142,8 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                     elif suffix == "cls":
                         content = tar.extractfile(member)
                         assert content is not None
-                        text = content.read(1000).decode(errors="backslashreplace").strip()
+                        text = collected.text(content.read(4 * LONGEST_NAME + 4), f"{file}:{member.name}").strip()
+                        collected.check_name(text, file)
                         labels[key] = int(text) if text.isdecimal() and text.isascii() else text
                     else:
                         tree.leave_out(f"member of a tar (.{suffix})", f"{file}:{member.name}")

@@ -192,14 +192,19 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
     for table in tables:
         folder = str(PurePosixPath(table).parent)
         default = SPLIT_NAMES.get(PurePosixPath(table).parent.name.lower(), TRAIN)
-        text = io.StringIO(tree.root.read_bytes(table).decode("utf-8-sig", "backslashreplace"), newline="")
+        text = io.StringIO(collected.text(tree.root.read_bytes(table), table), newline="")
         try:
             reader = csv.DictReader(text)
-            columns, rows = reader.fieldnames or (), list(reader)
+            columns, rows = list(reader.fieldnames or ()), list(reader)
         except csv.Error as error:  # a field without an end, or a byte that is no text
             raise collected.fail(f"{table} is no table: {error}: write it again") from error
         if missing := {"file_name", "label"} - set(columns):
-            raise collected.fail(f"{table} has no column {sorted(missing)[0]}: it must have file_name and label")
+            raise collected.fail(
+                f"{table} has no column {sorted(missing)[0]}, but {excerpt(columns)}: it must have file_name and "
+                "label, with commas between"
+            )
+        if twice := [name for name in columns if columns.count(name) > 1]:
+            raise collected.fail(f"{table} has two columns {excerpt(repr(twice[0]))}: leave one out")
         for number, row in enumerate(rows, 2):
             collected.check_name(row["label"], table)
             name = str(PurePosixPath(folder) / (row["file_name"] or ""))
@@ -209,6 +214,8 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
                 if name not in images
                 else "is listed twice"
                 if name in listed
+                else "has more fields than there are columns, perhaps because of a comma without quotes around"
+                if None in row
                 else "has no label"
                 if not row["label"]
                 else f"has the split {excerpt(repr(split))}, which is none of {', '.join(SPLIT_NAMES)}"

@@ -158,6 +158,9 @@ def test_an_npz_with_too_many_arrays_or_one_twice(tmp_path: Path) -> None:
     [
         ([b"", b"1"], "x.tar:0.png has no label"),
         ([b"a\0b", b"c"], "with control characters"),
+        ([b"caf\xe9", b"c"], r"x.tar:0.cls is not UTF-8 \(.* at byte 3\): save it as UTF-8"),
+        ([b"a" * 1001, b"c"], "has a name of 1,001 characters"),
+        (["\xe9".encode() * 1000, b"c"], ""),
         ([b"cat", b"1.0"], ""),
         ([b"cat", b"1"], "some labels are numbers and some are text"),
     ],
@@ -173,7 +176,8 @@ def test_classes_of_a_tar(classes: list[bytes], message: str, tmp_path: Path) ->
         with pytest.raises(ValueError, match=message):
             list_images(str(tmp_path / "x.tar"))
     else:
-        assert list_images(str(tmp_path / "x.tar")).label_names == ["1.0", "cat"]
+        names = sorted(name.decode() for name in classes)
+        assert list_images(str(tmp_path / "x.tar")).label_names == names
 
 
 @pytest.mark.parametrize(
@@ -190,3 +194,27 @@ def test_members_with_holes_are_refused(headers: dict[str, str], tmp_path: Path)
         tar.addfile(member, io.BytesIO(FILES[0]))
     with pytest.raises(ValueError, match="no whole tar: a member has holes"):
         list_images(str(tmp_path / "x.tar"))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"file_name,label\na.png,x\nb.png,y\n", ""),
+        (b'\xef\xbb\xbffile_name,label\r\na.png,x\r\nb.png,"y, of the sea"\r\n', ""),
+        (b"file_name,label\na.png,caf\xe9\nb.png,y\n", r"metadata.csv is not UTF-8 \(.* byte 25\): save it as UTF-8"),
+        ("file_name,label\na.png,x\n".encode("utf-16"), "metadata.csv is not UTF-8"),
+        (b"file_name;label\na.png;x\n", r"no column file_name, but \['file_name;label'\]: .* with commas between"),
+        (b"file_name,label,label\na.png,x,y\n", "metadata.csv has two columns 'label'"),
+        (b"file_name,label\na.png,y, of the sea\n", "line 2: 'a.png' has more fields than there are columns"),
+        (b"file_name,label\na.png, \nb.png,x\n", "a.png has no label"),
+    ],
+)
+def test_tables_that_say_something_else(table: bytes, message: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(FILES[0])
+    (tmp_path / "metadata.csv").write_bytes(table)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            list_images(str(tmp_path))
+    else:
+        assert list_images(str(tmp_path)).label_names == ["x", "y" if b"sea" not in table else "y, of the sea"]
