@@ -45,7 +45,8 @@ def check_server(tracking_uri: str) -> None:
                 f"tracking.uri = {tracking_uri}: the server refuses the login ({error}): give another one, or set "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             ) from error
-        raise ValueError(f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): {REMEDY}") from error
+        remedy = f"{_proxy_to_leave_out(tracking_uri)}{REMEDY}"
+        raise ValueError(f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): {remedy}") from error
 
 
 def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:
@@ -59,6 +60,15 @@ def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:
         encoded = base64.b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()
         request.add_header("Authorization", f"Basic {encoded}")
     return request, bool(login)
+
+
+def _proxy_to_leave_out(tracking_uri: str) -> str:
+    """A remedy for a server of one's own that was asked through a proxy, as MLflow's client would ask it too."""
+    parts = urlsplit(tracking_uri)
+    host = parts.hostname or ""
+    if parts.scheme not in urllib.request.getproxies() or urllib.request.proxy_bypass(host):
+        return ""
+    return f"it was asked through the proxy of {parts.scheme}_proxy, so add {host} to no_proxy if it is near; or "
 
 
 def _tls() -> ssl.SSLContext:

@@ -49,6 +49,17 @@ def test_a_login_in_the_address_is_sent_as_mlflow_does() -> None:
             check_server(f"http://{host}")
 
 
+def test_a_server_that_a_proxy_hides_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with tracking_server(None) as host:
+        with pytest.raises(ValueError, match=r"asked through the proxy of http_proxy, so add 127\.0\.0\.1 to no_proxy"):
+            check_server(f"http://{host}/mlflow")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        check_server(f"http://{host}/mlflow")
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
