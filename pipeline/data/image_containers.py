@@ -109,7 +109,7 @@ def _class_names(schema: pa.Schema, label: str) -> list[str] | None:
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])
         names = described["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return [str(name) for name in names] if isinstance(names, list) and names else None
 

@@ -7,6 +7,7 @@ profiles are not applied. docs/data.md has a table of what each kind of file giv
 
 import contextlib
 import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,7 @@ def _has_many_scans(data: bytes) -> bool:
 
 @contextlib.contextmanager
 def _opened(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
+    logging.getLogger("PIL.TiffImagePlugin").disabled = True  # it prints lines that name no file, and then raises
     try:
         with warnings.catch_warnings():
             # What a file has besides its pixels may be malformed; and the number of pixels is checked here.

@@ -95,6 +95,18 @@ def test_labels_of_a_categorical_and_of_other_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "described", ["[" * 100_000, "[]", '{"info": {"features": []}}', "1" * 5000, "\xff", '{"info": 3}']
+)
+def test_a_description_of_the_columns_that_cannot_be_read_is_none(described: str, tmp_path: Path) -> None:
+    metadata = {"huggingface": described, "image_shape": described}
+    pq.write_table(
+        pa.table({"image": FILES, "label": LABELS}).replace_schema_metadata(metadata), tmp_path / "x.parquet"
+    )
+    assert list_images(str(tmp_path)).label_names == ["0", "1"]
+    assert predicted(str(tmp_path))["error"].null_count == 4
+
+
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"label_names": np.array(["a", "a"])}, "the names of the labels have 'a' twice"),

@@ -87,3 +87,10 @@ def test_a_jpeg_of_a_hundred_thousand_scans_is_refused() -> None:
     with pytest.raises(ImageError, match="is a JPEG of more than 100 scans"):
         decode(good[:-2] + last * 100_000 + b"\xff\xd9", (64, 64, 1), None)
     assert time.monotonic() - began < 2
+
+
+def test_a_damaged_tiff_prints_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ImageError):
+        read_header(io.BytesIO(tiff(GREY.tobytes(), (277, 3, 10_000))))
+    assert caplog.records == []
+    assert "".join(capfd.readouterr()) == ""
