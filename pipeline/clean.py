@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow.fs as pafs
@@ -211,14 +210,9 @@ def _needed_folders(manifests: Mapping[str, dict[str, Any]], tracking_uri: str |
 
 
 def _check_registry(uri: str) -> None:
-    """Raises a ValueError if `uri` is an SQLite file that does not exist: MLflow would create an empty one.
-
-    Likewise if it is without the login that it had when it was recorded.
-    """
+    """Raises a ValueError if `uri` is without the login that it had when it was recorded."""
     if f"://{MASK}@" in uri:
         raise ValueError(f"the registry {uri} was recorded without its login: give --tracking-uri")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise ValueError(f"the registry {uri} is not there, so what it needs is not known: give --tracking-uri")
 
 
 def _files(storage: Storage, folder: str) -> Files:

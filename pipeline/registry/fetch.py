@@ -187,7 +187,15 @@ def fetch_file(uri: str, tracking_uri: str | None, file: str, folder: Path) -> P
 
 
 def registered_uris(tracking_uri: str) -> set[str]:
-    """`models:/NAME/VERSION` of every version in a registry."""
+    """`models:/NAME/VERSION` of every version in a registry.
+
+    Raises:
+        ValueError: If there is none, which MLflow would create.
+    """
+    if not has_database(tracking_uri):
+        raise ValueError(
+            f"the registry {tracking_uri} is not there, so what it needs is not known: give --tracking-uri"
+        )
     client = open_client(tracking_uri)
     found, token = set(), None
     while True:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipeline.fields import require
 
 TRACKING_STORES = re.compile(r"https?://.+|databricks(-uc)?(://.+)?|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+")
+STORE_REMEDY = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
 # MLflow looks names up by filters in which they stand in single quotes, and other letters end the filter.
 _NAME = re.compile(r"\w[^/:'\"`\\\x00-\x1f]*")
 LONGEST_NAME = 250
@@ -25,9 +26,8 @@ class TrackingConfig:
     """Alias of the best version; the newest version without it gets the alias `challenger`."""
 
     def __post_init__(self) -> None:
-        remedy = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
         usable = self.uri is None or TRACKING_STORES.fullmatch(self.uri) is not None
-        require(usable, "tracking.uri", self.uri, remedy)
+        require(usable, "tracking.uri", self.uri, STORE_REMEDY)
         # MLflow would refuse these names too, but only after training, when the model is registered.
         require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "give a name")
         require(len(self.experiment) <= LONGEST_NAME, "tracking.experiment", self.experiment, "give a shorter name")

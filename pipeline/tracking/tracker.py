@@ -5,10 +5,12 @@ nor its global tracking URI, so MLFLOW_RUN_ID and similar environment variables 
 driver repeats are safe: a run has the tag `pipeline.identity`, and is looked up by it before it is created.
 """
 
+import contextlib
 import fcntl
 import json
 import math
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +22,8 @@ from urllib.parse import urlsplit
 from mlflow import MlflowClient, MlflowException
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+
+from pipeline.tracking.config import STORE_REMEDY, TRACKING_STORES
 
 TrackingError = MlflowException  # so that other packages need not import MLflow
 T = TypeVar("T")
@@ -39,15 +43,33 @@ REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS",
 
 
 def open_client(uri: str | None) -> MlflowClient:
-    """Client of the tracking store and the model registry at `uri`; its calls fail soon if a server does not answer."""
+    """Client of the tracking store and the model registry at `uri`; its calls fail soon if a server does not answer.
+
+    Raises:
+        ValueError: if it is no URI of a store; MLflow would take it for a folder.
+    """
+    if uri is not None and not TRACKING_STORES.fullmatch(uri):
+        raise ValueError(f"tracking.uri = {uri!r}: {STORE_REMEDY}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def has_database(uri: str) -> bool:
-    """Whether the SQLite file of `uri` exists; True for any other store, whose server is to be asked."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///").partition("?")[0]).exists()
+    """Whether the SQLite file of `uri` is one of MLflow; True for any other store, whose server is to be asked.
+
+    MLflow would make one, or its tables in the database of another program.
+    """
+    if not uri.startswith("sqlite:///"):
+        return True
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    if not file.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'registered_models'").fetchall())
+    except sqlite3.Error:
+        return True  # in use, or damaged, which is said when it is opened
 
 
 class TrackingUnavailable(RuntimeError):

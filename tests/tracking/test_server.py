@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.registry.fetch import resolve
 from pipeline.tracking.server import check_server
+from pipeline.tracking.tracker import has_database, open_client
 
 LOGIN = "us er:p@ss"
 
@@ -109,3 +111,27 @@ def test_databricks_without_a_login_is_refused(tmp_path: Path, monkeypatch: pyte
         check_server("databricks")
     (tmp_path / "databrickscfg").write_text("[DEFAULT]\nhost = https://h\n")
     check_server("databricks")
+
+
+def test_a_registry_is_not_made_in_the_database_of_another_program(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        other.execute("CREATE TABLE mine (id)")
+        other.commit()
+    uri = f"sqlite:///{tmp_path}/other.db"
+    assert not has_database(uri)
+    with pytest.raises(ValueError, match=r"there is no .*other.db: give --tracking-uri"):
+        resolve("models:/m/1", uri)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]
+        other.execute("CREATE TABLE registered_models (id)")
+        other.commit()
+    assert has_database(uri)
+    assert has_database(f"{uri}?timeout=5")
+    assert not has_database(f"sqlite:///{tmp_path}")
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "/tmp", "ftp://host/x", ""])
+def test_what_is_no_store_is_named(uri: str) -> None:
+    for call in (lambda: resolve("models:/m/1", uri), lambda: open_client(uri)):
+        with pytest.raises(ValueError, match=r"tracking.uri = .*(: give http://HOST:PORT, sqlite:///FILE|SQLAlchemy)"):
+            call()
