@@ -232,7 +232,15 @@ class Storage:
             raise CorruptFileError(self.absolute(path), expected, found)
 
     def read_json(self, path: str) -> Any:
-        return json.loads(self.read_bytes(path))
+        """The value of a JSON file.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        try:
+            return json.loads(self.read_bytes(path))
+        except RecursionError as error:
+            raise ValueError(f"{self.absolute(path)} is nested too deeply to be read") from error
 
     def write_json(self, path: str, value: Any) -> None:
         self.write_bytes(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")

@@ -42,6 +42,13 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert storage.list("tasks/a") == ["data.bin", "manifest.json"]
 
 
+def test_json_without_end_is_an_error(storage: Storage) -> None:
+    for data in (b"[" * 100_000, b"{", b"\xff"):
+        storage.write_bytes("a.json", data)
+        with pytest.raises(ValueError, match=r"nested too deeply|Expecting|decode"):
+            storage.read_json("a.json")
+
+
 def test_what_is_not_there(storage: Storage, tmp_path: Path) -> None:
     assert not storage.exists("")
     assert not storage.exists("no/such.json")

@@ -102,8 +102,10 @@ def list_parts(uri: str, part_rows: int, output: Storage | None = None) -> Image
         kind, chosen = "images", [n for n in infos if suffix_of(n) in IMAGE_SUFFIXES]
     tree.leave_out_others(chosen)
     if not chosen:
+        left = "; ".join(f"{len(names):,}: {reason}" for reason, names in sorted(tree.left_out.items()))
         raise ValueError(
             f"input = {uri!r} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet nor npz files"
+            + f", but what is left out ({excerpt(left)})" * bool(left)
         )
     parts: list[Part] = []
     if kind == "images":

@@ -220,3 +220,9 @@ def test_the_results_of_an_earlier_job_are_no_input(tmp_path: Path) -> None:
     write_image(tmp_path / "results-2" / "b.png")
     tree = list_files(str(tmp_path), "input", Storage(str(tmp_path / "results")))
     assert list(tree.files) == ["results-2/b.png"]
+
+
+def test_an_input_that_is_the_folder_of_the_results_is_named(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"holds neither .*but what is left out \(1: in the folder of the results\)"):
+        list_parts(str(tmp_path), 10, Storage(str(tmp_path)))
