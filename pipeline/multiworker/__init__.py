@@ -35,6 +35,7 @@ guard.py                ends a call in which a worker would wait for ever
 writing_callbacks.py    the first worker alone writes files
 stop_signal.py          a request to stop that all workers see after the same step
 vectors.py              several tensors as one vector
+compressed.py           gradients that travel in bfloat16
 keras_internals.py      private names of Keras and TensorFlow, compared with the installed ones
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from .compressed import BFloat16Replica
 from .data import Share, rows_of, shares, with_a_row
 from .exchange import of_all_workers
 from .first_step import FirstStep, is_built
@@ -31,6 +32,7 @@ def enable(
     *,
     check: bool = True,
     batch_norm: str | None = None,
+    gradient_dtype: str = "float32",
 ) -> None:
     """Makes `fit`, `evaluate` and `predict` of a model work under the strategy that it was created in.
 
@@ -57,6 +59,8 @@ def enable(
         check: Whether the first training step and the first test step are computed in both ways and compared.
         batch_norm: "synchronize" sets `synchronized` on all BatchNormalization layers of the model, which is what a
             model of `keras.applications` needs. None leaves them as they are.
+        gradient_dtype: "bfloat16" halves what the workers send of the gradients, and changes the result by rounding:
+            `compressed.py`. The model must be built.
 
     Raises:
         RuntimeError: if the installed Keras lacks a private name that this package relies on.
@@ -67,6 +71,8 @@ def enable(
     check_keras()
     if batch_norm not in (None, "synchronize"):
         raise ValueError(f"batch_norm={batch_norm!r}: take None or 'synchronize'")
+    if gradient_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"gradient_dtype={gradient_dtype!r}: take 'float32' or 'bfloat16'")
     if batch_norm:
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization):
@@ -74,7 +80,7 @@ def enable(
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:
         _refuse_strategy(strategy)
-    _MultiWorker(model, stop, note or (lambda moment, tensors: tensors), check).take_over()
+    _MultiWorker(model, stop, note or (lambda moment, tensors: tensors), check, gradient_dtype).take_over()
 
 
 def _refuse_strategy(strategy: tf.distribute.Strategy) -> None:
@@ -97,10 +103,14 @@ class _MultiWorker:
     Methods whose names end in `_step` run in replica context, once per replica.
     """
 
-    def __init__(self, model: keras.Model, stop: StopSignal | None, note: Note, check: bool) -> None:
+    def __init__(
+        self, model: keras.Model, stop: StopSignal | None, note: Note, check: bool, gradient_dtype: str
+    ) -> None:
         self.model, self.note = model, note
         self.strategy: tf.distribute.Strategy = model.distribute_strategy
         self.replica = OneReplica(self.strategy, stop, note)
+        if gradient_dtype == "bfloat16" and self.replica.num_replicas > 1:
+            self.replica = BFloat16Replica(model, self.strategy, stop, note)
         self.several = self.replica.num_replicas > 1
         self.logs = Logs(model, self.replica)
         self.guard = guard_of(self.strategy)

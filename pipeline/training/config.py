@@ -86,6 +86,8 @@ class TrainingConfig:
     """Factors on the loss of the rows of each class; `balanced` makes every class count alike, however few its rows."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
     """Keras dtype policy."""
+    gradient_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=ADDED_LATER)
+    """What several workers send of the gradients; bfloat16 is half as much, for slow networks (docs/scaling.md)."""
     shuffle_window_mb: int = field(default=1024, metadata=ADDED_LATER)
     """MiB of pixels that are shuffled at a time; with more training rows than that, workers stream their shards."""
     cache: str | None = field(default=None, metadata=EXECUTION)

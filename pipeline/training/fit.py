@@ -107,7 +107,8 @@ def fit(
     peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
     clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
     # TensorFlow refuses to look at the clock in a step that has to be deterministic.
-    multiworker.enable(model, stop, None if config.deterministic else clock.note)
+    note = None if config.deterministic else clock.note
+    multiworker.enable(model, stop, note, gradient_dtype=config.gradient_dtype)
 
     stopping: list[keras.callbacks.Callback] = [
         keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)

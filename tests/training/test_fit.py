@@ -232,6 +232,17 @@ def test_workers_train_in_mixed_precision(run: Run, num_workers: int, precision:
     assert half[-1]["val_loss"] < half[0]["val_loss"]
 
 
+@pytest.mark.slow
+def test_gradients_in_bfloat16_train_as_those_in_float32(run: Run) -> None:
+    compressed = run(2, SGD | {"gradient_dtype": "bfloat16"})
+    found, expected = history(compressed), history(run(1, SGD))
+    for epoch, other in zip(found, expected, strict=True):
+        for name in ("loss", "val_loss"):
+            assert epoch[name] == pytest.approx(other[name], rel=0.01)
+    assert found[-1]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-6), "nothing was rounded"
+    assert found[-1]["loss"] < 0.96 * found[0]["loss"]
+
+
 def test_the_final_model_has_the_weights_of_the_best_epoch(run: Run) -> None:
     # The learning rate rises until the validation loss does: it is 2.3 in the third epoch and 25 in the end.
     rising = {"learning_rate_schedule": "cosine", "warmup_epochs": 5.9, "epochs": 6}
