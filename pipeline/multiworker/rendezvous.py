@@ -4,6 +4,7 @@ It would do so in C++ with Python's lock held, so that nothing could end it but 
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -54,7 +55,11 @@ def listening(port: int) -> socket.socket:
         OSError: if the port is taken.
     """
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1000)
+        try:
+            return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1000)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # of a host whose version 6 is turned off, as in many containers
+                raise
     return socket.create_server(("", port), backlog=1000)
 
 
