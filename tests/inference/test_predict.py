@@ -1,11 +1,13 @@
 """Batch inference with a real MLflow model over Ray Data: every row once, errors reported, jobs resumed."""
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,23 @@ def test_a_job_all_of_whose_images_fail_has_failed(
     output = capfd.readouterr()
     assert "3 images done, 3 of them could not be read" in output.out
     assert output.err == "error: none of the images could be classified; the column `error` of the results says why\n"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_images_with_more_pixels_than_are_wanted_have_an_error(
+    model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path
+) -> None:
+    write_images(tmp_path / "images", 3, ())
+    pixels = IMAGE_SHAPE[0] * IMAGE_SHAPE[1]
+    images, output = str(tmp_path / "images"), str(tmp_path / "few")
+    few = PredictOptions(str(model_folder[0]), images, output, num_actors=1, max_pixels=pixels - 1)
+    assert predict(few, silent())["errors"] == 3
+    errors = pq.read_table(tmp_path / "few" / "part-000000.parquet")["error"].to_pylist()
+    assert all(f"has more than the {pixels - 1} pixels" in error for error in errors)
+    with pytest.raises(ValueError, match=r"holds results of another settings: .*\"max_pixels\": 47"):
+        predict(replace(few, max_pixels=pixels), silent())
+    job = json.loads((tmp_path / "few" / "_job.json").read_text())
+    assert job["settings"]["max_pixels"] == pixels - 1
 
 
 def test_a_job_that_is_refused_leaves_its_output_as_it_was(
