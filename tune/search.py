@@ -4,6 +4,7 @@ The caller supplies the training, so that a trial is trained by the same code as
 off continues from the trials in its journal (`tune.journal`); Tune's own snapshots are not used.
 """
 
+import hashlib
 import os
 import time
 import uuid
@@ -38,6 +39,7 @@ def search(
     *,
     journal: Journal,
     storage_path: str,
+    name: str | None = None,
     use_gpu: bool = False,
     preset: Mapping[str, Any] | None = None,
     watch: Watch = lambda trial, seconds_left, new_epoch: None,
@@ -48,6 +50,7 @@ def search(
         train_trial: trains a trial.
         journal: stores the trials.
         storage_path: folder or URI, visible to all nodes, for the files of Ray Tune; they are not needed afterwards.
+        name: what tells this search from all others on the cluster, also when it is called again; None: `storage_path`.
         use_gpu: whether each worker of a trial has a GPU.
         preset: known good values of the dimensions, which are tried first.
         watch: called for every trial when it starts, after each new epoch, and when it ends.
@@ -73,7 +76,7 @@ def search(
     earlier = journal.earlier(space) if settings.use_earlier_trials else []
     queue = TrialQueue(space, settings, journal, earlier, preset, concurrent, watch)
     if queue.num_left:
-        _run(train_trial, settings, queue, journal, storage_path, use_gpu)
+        _run(train_trial, settings, queue, journal, storage_path, name or storage_path, use_gpu)
     best = best_of([*queue.trials, *earlier], settings)
     if best is None:
         errors = [trial.error for trial in queue.trials if trial.error]
@@ -217,15 +220,17 @@ def _run(
     queue: TrialQueue,
     journal: Journal,
     storage_path: str,
+    name: str,
     use_gpu: bool,
 ) -> None:
     """Runs the remaining trials."""
-    _free_trial_resources(storage_path)
+    # Ray writes the names of placement groups to its logs, where a URI with a login has no place.
+    groups = hashlib.sha256(name.encode()).hexdigest()
+    _free_trial_resources(groups)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(TrialProcess, train_trial=train_trial, journal=journal, settings=settings),
-        _TrialResources(_bundle(settings, use_gpu), storage_path),
+        _TrialResources(_bundle(settings, use_gpu), groups),
     )
-    name = f"tune-{uuid.uuid4().hex[:8]}"
     # Nobody reads the result files that Tune writes for itself and TensorBoard. A failed trial has no score to check.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
     # Starts all trial processes at once; by default Tune waits for each before it asks for the next.
@@ -239,7 +244,7 @@ def _run(
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(
-            name=name,
+            name=f"tune-{uuid.uuid4().hex[:8]}",
             storage_path=storage_path,
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),  # `train_trial` writes its own
             failure_config=ray.tune.FailureConfig(max_failures=MAX_DEATHS - 1),

@@ -60,20 +60,24 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
             )
         )
 
-    found = masked(
-        search(
+    path = storage.absolute(f"{context.state}/ray")
+    with tempfile.TemporaryDirectory() as local:
+        found = search(
             training,
             space,
             settings,
             journal=Journal(storage, folder, _others(context, digest)),
-            storage_path=storage.absolute(f"{context.state}/ray"),
+            # Tune writes the path into files of Ray's session, where a login has no place. All it keeps there is its
+            # own record, which nobody reads. (A login in the URI has not been tried on several hosts.)
+            storage_path=path if mask(path) == path else local,
+            name=path,
             use_gpu=train.use_gpu,
             preset=asdict(context.config.model) | asdict(context.config.train),
             watch=watch,
         )
-    )
     for left in (f"{context.state}/checkpoints", f"{context.state}/ray"):
         storage.delete(left)
+    found = masked(found)
     return found | {"figures": _figures(context, space, [Trial.from_dict(row) for row in found["trials"]])}
 
 
