@@ -186,6 +186,25 @@ def fetch_file(uri: str, tracking_uri: str | None, file: str, folder: Path) -> P
     return Path(path)
 
 
+def check_file(uri: str, tracking_uri: str, file: str) -> None:
+    """Checks that a registered version has a file, which may be large, without downloading it.
+
+    Raises:
+        ValueError: As `fetch_file`.
+    """
+    parts = MODEL_URI.fullmatch(resolve(uri, tracking_uri))
+    assert parts is not None
+    try:
+        version = open_client(tracking_uri).get_model_version(parts["name"], parts["version"])
+        is_there = has_file(str(version.source), file, tracking_uri)
+    except (TrackingError, OSError) as error:
+        raise ValueError(f"model = {uri!r}: its files cannot be read: {error}") from error
+    if not is_there:
+        raise ValueError(
+            f"model = {uri!r} has no file {file}: it was not registered by this pipeline, or its files are gone"
+        )
+
+
 def registered_uris(tracking_uri: str) -> set[str]:
     """`models:/NAME/VERSION` of every version in a registry.
 

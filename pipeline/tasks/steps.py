@@ -68,12 +68,13 @@ def check_initial_model(config: PipelineConfig) -> None:
     """Looks for the registered model that has the initial weights, before anything is started.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, or no weights that can be trained further.
     """
-    from pipeline.registry.fetch import resolve
+    from pipeline.registry.fetch import check_file
+    from pipeline.registry.versions import RETRAIN_FILE
 
     if config.train.initial_model:
-        resolve(config.train.initial_model, config.tracking_uri)
+        check_file(config.train.initial_model, config.tracking_uri, RETRAIN_FILE)
 
 
 def _initial_model(context: Context) -> str:

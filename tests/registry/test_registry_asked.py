@@ -1,13 +1,16 @@
 """A registry is asked whether it still has what it was given: versions and files that are gone since."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_versions import champion, open_tracker, register_shapes
 
 from pipeline.registry.fetch import fetch, is_registered
-from pipeline.registry.versions import EVIDENCE, ROWS_FILE
+from pipeline.registry.versions import EVIDENCE, RETRAIN_FILE, ROWS_FILE
+from pipeline.settings.presets import quickstart
+from pipeline.tasks.steps import check_initial_model
 from pipeline.tracking.tracker import Tracker
 
 
@@ -43,6 +46,37 @@ def test_files_that_are_gone_are_written_again(tracker: Tracker, tmp_path: Path)
         fetch(uri, tracker.uri, tmp_path)
     assert register_shapes(tracker, "emptied", "run")["uri"] == uri
     assert is_registered(uri, tracker.uri)
+
+
+def test_initial_weights_are_looked_for_before_anything_starts(tracker: Tracker) -> None:
+    uri = register_shapes(tracker, "initial", "run")["uri"]
+    weights = files(tracker, "initial", "1") / RETRAIN_FILE
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"weights")
+
+    def check(initial: str, store: str = tracker.uri) -> None:
+        config = quickstart()
+        config = replace(
+            config,
+            search=replace(config.search, num_trials=0),
+            tracking=replace(config.tracking, uri=store),
+            train=replace(config.train, initial_model=initial),
+        )
+        check_initial_model(config)
+
+    check(uri)
+    with pytest.raises(ValueError, match=r"model = 'models:/initial/2': it is not in sqlite"):
+        check("models:/initial/2")
+    with pytest.raises(ValueError, match=r"model = 'models:/nothing/1': it is not in sqlite"):
+        check("models:/nothing/1")
+    with pytest.raises(ValueError, match=r"model = 'models:/initial/1': there is no sqlite:.*none.db"):
+        check(uri, f"{tracker.uri}.none.db")
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model = 'models:/initial/1' has no file retrain/model.keras: it was not"):
+        check(uri)
+    shutil.rmtree(files(tracker, "initial", "1"))
+    with pytest.raises(ValueError, match=r"model = 'models:/initial/1' has no file retrain/model.keras|cannot be read"):
+        check(uri)
 
 
 def test_a_registry_that_is_gone_or_does_not_answer(tracker: Tracker, folder: Path, tmp_path: Path) -> None:
