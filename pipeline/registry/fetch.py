@@ -11,8 +11,8 @@ from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 
 from pipeline.registry.versions import has_file
-from pipeline.tracking.server import check_server
-from pipeline.tracking.tracker import TrackingError, has_database, is_transient, open_client
+from pipeline.tracking.server import check_server, has_database
+from pipeline.tracking.tracker import TrackingError, is_transient, open_client
 
 CHAMPION = "champion"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[\w-]+))?")

@@ -141,3 +141,20 @@ def _check_databricks(uri: str) -> None:
         raise ValueError(
             f"tracking.uri = {uri}: there is no login: set DATABRICKS_HOST and DATABRICKS_TOKEN, or give http://HOST:PORT"
         )
+
+
+def has_database(uri: str) -> bool:
+    """Whether the SQLite file of `uri` is one of MLflow; True for any other store, whose server is to be asked.
+
+    MLflow would make one, or its tables in the database of another program.
+    """
+    if not uri.startswith("sqlite:///"):
+        return True
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    if not file.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+            return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'registered_models'").fetchall())
+    except sqlite3.Error:
+        return True  # in use, or damaged, which is said when it is opened

@@ -5,12 +5,10 @@ nor its global tracking URI, so MLFLOW_RUN_ID and similar environment variables 
 driver repeats are safe: a run has the tag `pipeline.identity`, and is looked up by it before it is created.
 """
 
-import contextlib
 import fcntl
 import json
 import math
 import os
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,23 +51,6 @@ def open_client(uri: str | None) -> MlflowClient:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def has_database(uri: str) -> bool:
-    """Whether the SQLite file of `uri` is one of MLflow; True for any other store, whose server is to be asked.
-
-    MLflow would make one, or its tables in the database of another program.
-    """
-    if not uri.startswith("sqlite:///"):
-        return True
-    file = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
-    if not file.is_file():
-        return False
-    try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
-            return bool(database.execute("SELECT 1 FROM sqlite_master WHERE name = 'registered_models'").fetchall())
-    except sqlite3.Error:
-        return True  # in use, or damaged, which is said when it is opened
 
 
 class TrackingUnavailable(RuntimeError):

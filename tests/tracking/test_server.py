@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.registry.fetch import resolve
-from pipeline.tracking.server import check_server
-from pipeline.tracking.tracker import has_database, open_client
+from pipeline.tracking.server import check_server, has_database
+from pipeline.tracking.tracker import open_client
 
 LOGIN = "us er:p@ss"
 
