@@ -202,6 +202,11 @@ class FirstStep:
         finally:
             for variable, value in zip(local, values, strict=True):
                 variable.assign(value)
+            before = {id(variable) for variable in known}
+            for metric in self.model.metrics:
+                # Those of `compile` may be found only in the first step.
+                if any(id(variable) not in before for variable in metric.variables):
+                    metric.reset_state()
 
 
 def is_built(model: keras.Model) -> bool:
