@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -24,6 +24,8 @@ Resize = Literal["crop", "pad", "stretch"]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_SCANS = 100
 """Of a JPEG: each decodes all pixels again, in a few bytes. Progressive images have about ten."""
+MAX_READS = 4_000_000
+"""Of a file: Pillow reads comments a byte at a time, and headers in small pieces, of which a file may have millions."""
 BACKGROUND = 255
 """Level of all channels behind transparent pixels and beside a padded image."""
 _STRIP_PIXELS = 1 << 22
@@ -140,6 +142,22 @@ def _has_many_scans(data: bytes) -> bool:
     return scans > MAX_SCANS
 
 
+class _Counted:
+    """A file that may be read in no more than `MAX_READS` pieces."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, MAX_READS
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise ImageError("has a header of millions of pieces: save it again")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextlib.contextmanager
 def _opened(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     logging.getLogger("PIL.TiffImagePlugin").disabled = True  # it prints lines that name no file, and then raises
@@ -147,7 +165,7 @@ def _opened(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # What a file has besides its pixels may be malformed; and the number of pixels is checked here.
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(cast(BinaryIO, _Counted(file)), formats=FORMATS) as image:
                 if _largest_area(image) > max_pixels:
                     raise Image.DecompressionBombError
                 _check_mode(image)

@@ -94,3 +94,16 @@ def test_a_damaged_tiff_prints_nothing(capfd: pytest.CaptureFixture[str], caplog
         read_header(io.BytesIO(tiff(GREY.tobytes(), (277, 3, 10_000))))
     assert caplog.records == []
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_header_that_is_read_in_millions_of_pieces_is_refused() -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(data, "JPEG")
+    good = data.getvalue()
+    segments = good[:2] + b"\xff\xe2\x00\x04ab" * 2_000_000 + good[2:]
+    for file in (b"P6 #" + b"x" * 20_000_000, segments):
+        for read in (lambda file=file: decode(file, (8, 8, 3), None), lambda file=file: read_header(io.BytesIO(file))):
+            began = time.monotonic()
+            with pytest.raises(ImageError, match="has a header of millions of pieces"):
+                read()
+            assert time.monotonic() - began < 20
