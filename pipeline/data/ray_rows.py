@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from pipeline.storage import CorruptFileError, Storage
 
 _READ_ROWS = 4096
 """Rows that `to_rows` takes at a time."""
+_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts \(total backoff .*", re.DOTALL)
+"""What `_annotate_exception_with_retry_context` of Ray Data 2.60 adds to an error of a task."""
 
 
 class CorruptShardError(ray.exceptions.UserCodeException, CorruptFileError):
@@ -110,5 +113,14 @@ def own_errors(other: type[Exception] = ValueError) -> Iterator[None]:
         yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, (ValueError, other)):
-            raise error.cause from None
+            raise _as_raised(error.cause) from None
         raise
+
+
+def _as_raised(error: Exception) -> Exception:
+    """The error without the advice on retries that Ray Data adds to its first argument."""
+    error.args = tuple(_ADVICE.sub("", arg) if isinstance(arg, str) else arg for arg in error.args)
+    for name, value in vars(error).items():
+        if isinstance(value, str):  # an error that was sent to this process was made of its arguments
+            setattr(error, name, _ADVICE.sub("", value))
+    return error
