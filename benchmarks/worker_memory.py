@@ -39,8 +39,10 @@ from pipeline.data.order import MIB, StreamOrder
 
 ROOT = Path(__file__).parents[1]
 SIDE, CLASSES, ROWS_OF_FILE, ROWS_OF_GROUP = 64, 10, 10_000, 1_000
-BATCH, WORKERS, EPOCHS, SECONDS = 64, 2, 3, 0.5
+WORKERS, EPOCHS, SECONDS = 2, 3, 0.5
 DRIVER, WORKER = "driver", "ray::RayTrainWorker"
+KERNEL_BYTES = 16 * MIB
+"""For page tables, sockets and the like, in a memory cgroup."""
 
 
 @dataclass
@@ -62,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for images, which are used again, and storage")
     parser.add_argument("--rows", type=int, default=700_000, help="training images")
+    parser.add_argument("--batch", type=int, default=64, help="rows of a global batch")
     parser.add_argument("--window-mb", type=int, default=256, help="train.shuffle_window_mb")
     parser.add_argument("--cgroup", type=Path, help="memory cgroup in which the workers are held to the formula")
     parser.add_argument("--record", type=Path, help="JSON lines file to which the result is appended")
@@ -69,16 +72,17 @@ def main() -> None:
     args = parser.parse_args()
     images = args.folder / f"images-{args.rows}"
     write(images, args.rows)
-    options = ["--train.shuffle-window-mb", str(args.window_mb)]
+    options = ["--train.shuffle-window-mb", str(args.window_mb), "--train.global-batch-size", str(args.batch)]
     base = run(args.folder / "digits", [*options, "--data.source", "digits"])
     files = ["--data.source", "files", "--data.path", str(images), "--data.validation-fraction", "0.01"]
     storage = args.folder / f"files-{args.rows}"
     hold = None
     if args.cgroup:
         run(storage, [*options, *files], until="preprocess")
-        hold = Hold(args.cgroup, max(base.peaks(WORKER)), 1.1 * formula(preprocessed(storage), args.window_mb)[0])
+        hold = Hold(args.cgroup, max(base.peaks(WORKER)), 1.1 * formula(storage, args.window_mb, args.batch)[0])
     memory = run(storage, [*options, *files], hold=hold)
-    result = compared(base, memory, preprocessed(storage), args.window_mb) | {"rows": args.rows, "held": bool(hold)}
+    run_as = {"rows": args.rows, "batch": args.batch, "held": bool(hold)}
+    result = compared(base, memory, *formula(storage, args.window_mb, args.batch)) | run_as
     show(result)
     if args.record:
         json_lines.add(args.record, result)
@@ -119,7 +123,7 @@ def run(storage: Path, options: list[str], until: str = "train", hold: "Hold | N
     command = [sys.executable, str(ROOT / "pipeline" / "run.py"), "quickstart", "--storage", str(storage)]
     command += ["--until", until, "--search.num-trials", "0", "--train.num-workers", str(WORKERS)]
     command += ["--model.stem", "patches", "--model.patch-size", "8"]  # cheap, so that reading is what it waits for
-    command += ["--train.epochs", str(EPOCHS), "--train.global-batch-size", str(BATCH), *options]
+    command += ["--train.epochs", str(EPOCHS), *options]
     if until == "train":
         command += ["--force", "train"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -134,12 +138,6 @@ def run(storage: Path, options: list[str], until: str = "train", hold: "Hold | N
     return memory
 
 
-def preprocessed(storage: Path) -> dict[str, Any]:
-    """The output of `preprocess`."""
-    (manifest,) = (storage / "tasks" / "preprocess").glob("*/manifest.json")
-    return json.loads(manifest.read_text())["output"]
-
-
 @dataclass
 class Hold:
     """Holds processes to a limit by a memory cgroup each, of version 1 or 2."""
@@ -152,12 +150,15 @@ class Hold:
     """bytes that it may take beyond that."""
 
     def take(self, pid: int) -> None:
-        """A cgroup counts what a process takes after it was moved there, so the limit is less by what it has."""
+        """A cgroup counts what a process takes after it was moved there, so the limit is less by what it has.
+
+        It also counts what the kernel keeps for the process, which is not resident memory.
+        """
         group = self.folder / str(pid)
         group.mkdir(parents=True)
         names = ("memory.max", "memory.limit_in_bytes")
         (limit,) = (group / name for name in names if (group / name).exists())
-        limit.write_text(str(int(self.anyway - resident(pid) + self.beyond)))
+        limit.write_text(str(int(self.anyway - resident(pid) + self.beyond + KERNEL_BYTES)))
         (group / "cgroup.procs").write_text(str(pid))
 
 
@@ -171,6 +172,7 @@ def sampled(driver: int, hold: Hold | None = None) -> Iterator[Memory]:
             for pid in below(driver):
                 with contextlib.suppress(OSError, KeyError, ValueError):  # it has ended by now
                     title = Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()).name
+                    title = title.partition(".")[0] if title.startswith(WORKER) else title  # less what it executes
                     if hold and title == WORKER and memory.titles.get(pid) != WORKER:
                         hold.take(pid)
                     size = resident(pid)
@@ -205,18 +207,19 @@ def resident(pid: int) -> int:
     return (int(fields["VmRSS"].split()[0]) - int(fields["RssShmem"].split()[0])) * 1024
 
 
-def formula(preprocessed: dict[str, Any], window_mb: int) -> tuple[int, StreamOrder]:
+def formula(storage: Path, window_mb: int, batch: int) -> tuple[int, StreamOrder]:
     """Bytes that a worker may hold beyond what it needs anyway, by docs/data.md; and the order of the rows."""
-    rows = [shard["rows"] for shard in preprocessed["splits"]["train"]["shards"]]
-    row = int(np.prod(preprocessed["image_shape"]))
-    order = StreamOrder.of(rows, row, BATCH, window_mb * MIB, 0)
+    (manifest,) = (storage / "tasks" / "preprocess").glob("*/manifest.json")
+    output = json.loads(manifest.read_text())["output"]
+    rows = [shard["rows"] for shard in output["splits"]["train"]["shards"]]
+    row = int(np.prod(output["image_shape"]))
+    order = StreamOrder.of(rows, row, batch, window_mb * MIB, 0)
     shards = order.lanes // WORKERS * (order.depth + 1) + 2
-    return row * (shards * max(rows) + 4 * BATCH // WORKERS), order
+    return row * (shards * max(rows) + 4 * batch // WORKERS), order
 
 
-def compared(base: Memory, memory: Memory, preprocessed: dict[str, Any], window_mb: int) -> dict[str, Any]:
+def compared(base: Memory, memory: Memory, allowed: int, order: StreamOrder) -> dict[str, Any]:
     """The memory beyond that of the digits, beside the formula; all in bytes."""
-    allowed, order = formula(preprocessed, window_mb)
     anyway = max(base.peaks(WORKER))
     begin = min(at for pid, title in memory.titles.items() if title == WORKER for at, _ in memory.samples[pid])
     bounds = [begin, *memory.epoch_ends]
@@ -226,7 +229,7 @@ def compared(base: Memory, memory: Memory, preprocessed: dict[str, Any], window_
         for number, pid in enumerate(pid for pid, found in memory.titles.items() if found == title)
     }
     return {
-        "pixels": sum(order.shard_rows) * int(np.prod(preprocessed["image_shape"])),
+        "pixels": sum(order.shard_rows) * SIDE * SIDE * 3,
         "shards": len(order.shard_rows),
         "lanes_of_worker": order.lanes // WORKERS,
         "depth": order.depth,

@@ -15,7 +15,7 @@ from pipeline.data.exchange import Target, exchange
 from pipeline.data.image_progress import ImageCounter, Report
 from pipeline.data.ray_rows import CorruptShardError, own_errors, read_files
 from pipeline.data.rows import Rows, row_digests, stratified_split
-from pipeline.data.shards import read_rows, shard_count, write_rows
+from pipeline.data.shards import MOST_VALIDATION_SHARD_BYTES, read_rows, shard_count, write_rows
 from pipeline.storage import CorruptFileError, Storage
 
 _EVALUATION_SHARDS = 4
@@ -67,7 +67,11 @@ def preprocess(
             train, validation = stratified_split(labels["train"], config.validation_fraction, config.seed)
         splits = {
             "train": ("train", train, config.num_shards),
-            "validation": (held_in, validation, _EVALUATION_SHARDS),
+            "validation": (
+                held_in,
+                validation,
+                shard_count(len(validation), _EVALUATION_SHARDS, row_bytes, MOST_VALIDATION_SHARD_BYTES),
+            ),
             "test": ("test", np.arange(len(labels["test"])), _EVALUATION_SHARDS),
         }
         shards = [

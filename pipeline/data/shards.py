@@ -20,12 +20,14 @@ from pipeline.storage import Storage
 
 MOST_SHARD_BYTES = 16 * 2**20
 """Pixels of a shard; a worker that streams holds a few shards at a time."""
+MOST_VALIDATION_SHARD_BYTES = 4 * 2**20
+"""Pixels of a shard of validation rows, of which a worker that streams keeps two or three beside its window."""
 _SHAPE = b"image_shape"
 
 
-def shard_count(rows: int, least: int, row_bytes: int) -> int:
-    """Number of shards of so many rows: `least`, or more so that none has over `MOST_SHARD_BYTES`."""
-    return min(max(least, -(-rows // max(1, MOST_SHARD_BYTES // row_bytes))), rows)
+def shard_count(rows: int, least: int, row_bytes: int, most_bytes: int = MOST_SHARD_BYTES) -> int:
+    """Number of shards of so many rows: `least`, or more so that none has over `most_bytes` of pixels."""
+    return min(max(least, -(-rows // max(1, most_bytes // row_bytes))), rows)
 
 
 def write_rows(rows: Rows, storage: Storage, path: str) -> dict[str, Any]:

@@ -74,6 +74,15 @@ def test_every_row_of_the_source_is_in_exactly_one_split(storage: Storage, manif
     np.testing.assert_array_equal(arrays["test"].row_ids, np.arange(len(raw.test.labels)))
 
 
+def test_shards_of_validation_rows_are_small() -> None:
+    row = 64 * 64 * 3
+    assert shard_files.shard_count(7000, 4, row) == 6, "16 MiB each"
+    most = shard_files.MOST_VALIDATION_SHARD_BYTES
+    assert shard_files.shard_count(7000, 4, row, most) == 21, "4 MiB each: a worker holds some beside its window"
+    assert shard_files.shard_count(5000, 4, 32 * 32 * 3, most) == 4, "CIFAR-100 keeps its files"
+    assert shard_files.shard_count(3, 4, row) == 3
+
+
 def test_the_validation_split_takes_the_same_share_of_every_class(manifest: dict[str, Any]) -> None:
     counts = np.bincount(load(DIGITS).train.labels)
     assert manifest["splits"]["validation"]["class_counts"] == [round(0.1 * count) for count in counts.tolist()]
