@@ -23,6 +23,7 @@ rendezvous.py           waits until the workers reach one another
 enable.py               the methods of a model that are replaced
 data.py                 a replica's share of a global batch; batches that a worker has for itself
 functions.py            the functions that Keras calls for steps and predictions
+xla_step.py             a training step with jit_compile=True
 one_replica.py          what Keras sees within a step: one replica, with sums over all
 metrics.py              metrics and logs over all replicas; finds batches that differ
 first_step.py           compares a step of one process with that of the workers
@@ -50,6 +51,7 @@ __all__ = [
     "PRIVATE_ATTRIBUTES",
     "PRIVATE_NAMES",
     "StopSignal",
+    "bypass_proxies",
     "check_keras",
     "distribute",
     "enable",

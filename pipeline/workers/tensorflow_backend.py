@@ -175,8 +175,11 @@ def _addresses_seen(addresses: list[str]) -> list[str]:
 
 
 def _set_tf_config(addresses: list[str], rank: int, peers: list[str] | None) -> None:
+    from pipeline.multiworker import bypass_proxies
+
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})
     os.environ[PEERS_VARIABLE] = json.dumps(None if peers is None else sorted(set(peers)))
+    bypass_proxies()  # the import of the package, which does it too, came before TF_CONFIG was set
 
 
 def _refusal(error: OSError) -> str:

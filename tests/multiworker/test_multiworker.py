@@ -1,5 +1,7 @@
 """The private names of Keras that pipeline/multiworker relies on, and what it does in one process."""
 
+import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,3 +141,16 @@ def test_a_strategy_of_one_process_needs_no_seed() -> None:
     mirrored, plain = losses(tf.distribute.MirroredStrategy()), losses(tf.distribute.get_strategy())
     np.testing.assert_allclose(mirrored, plain, atol=1e-6)
     assert plain[-1] < plain[0]
+
+
+def test_workers_are_not_looked_for_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"worker": ["192.0.2.1:2222", "[2001:db8::1]:2222"]}}))
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.setenv(name, "")  # so that what is set below is undone
+        monkeypatch.delenv(name)
+    multiworker.bypass_proxies()
+    assert os.environ["no_proxy"] == "192.0.2.1,2001:db8::1"
+    assert "no_grpc_proxy" not in os.environ
+    os.environ["no_proxy"] = "a,192.0.2.1"
+    multiworker.bypass_proxies()
+    assert os.environ["no_proxy"] == "a,192.0.2.1,2001:db8::1"
