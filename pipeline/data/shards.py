@@ -25,9 +25,13 @@ MOST_VALIDATION_SHARD_BYTES = 4 * 2**20
 _SHAPE = b"image_shape"
 
 
-def shard_count(rows: int, least: int, row_bytes: int, most_bytes: int = MOST_SHARD_BYTES) -> int:
-    """Number of shards of so many rows: `least`, or more so that none has over `most_bytes` of pixels."""
-    return min(max(least, -(-rows // max(1, most_bytes // row_bytes))), rows)
+def shard_count(rows: int, least: int, row_bytes: int, most_bytes: int | None = None) -> int:
+    """Number of shards of so many rows: `least`, or more so that none has over `most_bytes` of pixels.
+
+    `most_bytes` is `MOST_SHARD_BYTES` if it is not given.
+    """
+    rows_of_shard = max(1, (most_bytes or MOST_SHARD_BYTES) // row_bytes)
+    return min(max(least, -(-rows // rows_of_shard)), rows)
 
 
 def write_rows(rows: Rows, storage: Storage, path: str) -> dict[str, Any]:
