@@ -1,10 +1,6 @@
 """The benchmarks run, at sizes that take seconds: a table, then one line of JSON."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ import matrix_products
 import numpy as np
 import pytest
 import train_overhead
+from benchmark_run import benchmark
 
 from perceiver import presets
 from perceiver.cost import macs_per_image
@@ -23,15 +20,6 @@ from pipeline.data.image_survey import find_images
 from pipeline.data.rows import RawDataset, Rows
 
 ROOT = Path(__file__).parents[1]
-
-
-def benchmark(name: str, *args: str) -> tuple[str, Any]:
-    """What a benchmark printed before its last line, and that line's contents."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=480, env=os.environ | {"COLUMNS": "120"})
-    assert done.returncode == 0, done.stderr
-    table, _, line = done.stdout.rstrip().rpartition("\n")
-    return table, json.loads(line)
 
 
 def test_chunked_attention() -> None:
@@ -45,37 +33,6 @@ def test_chunked_attention() -> None:
     assert 0 < chunked["difference"] < 1e-5
     assert chunked["milliseconds"] > 0
     assert plain["peak_mib"] > 0
-
-
-def test_gpu_without_a_gpu() -> None:
-    table, result = benchmark("gpu", "--smoke")
-    assert "Forward and backward pass of the parts" in table
-    assert result["device"] in table
-    assert {(row["job"], row["variant"]) for row in result["steps"]} >= {
-        ("cifar100_gpu, tiny", "own"),
-        ("cifar100_gpu, tiny", "plain Keras, XLA"),
-        ("paper_imagenet, tiny", "own"),
-    }
-    assert all(row["images_per_second"] > 0 and 0 < row["mfu"] < 1 for row in result["steps"])
-    assert {row["part"].partition(",")[0] for row in result["parts"]} == {"attention", "LayerNorm", "GELU"}
-    assert max(row["difference"] for row in result["parts"]) < 1e-3
-    assert min(result["augmented_per_second"].values()) > 0
-
-
-@pytest.mark.slow
-def test_gpu_with_several_workers() -> None:
-    table, result = benchmark("gpu", "--smoke", "--workers", "1", "2")
-    assert "Workers on this host" in table
-    assert set(result["workers"]) == {"1", "2"}
-    assert min(result["workers"].values()) > 0
-
-
-def test_gpu_needs_one_without_smoke() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert re.search(r"(?m)^error: use_gpu: .* sees none there", done.stderr)
-    assert "Traceback" not in done.stderr
 
 
 def test_model_step() -> None:

@@ -21,6 +21,7 @@ from .metrics import DIFFERENT_BATCHES, Logs, flat
 from .one_replica import MEANS, Note, OneReplica
 from .stop_signal import StopSignal
 from .writing_callbacks import WRITE, written_by_first
+from .xla_step import xla_train_step
 
 CALLS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch")
 
@@ -233,7 +234,7 @@ class _MultiWorker:
             self._refuse_what_would_differ()
             step = self.model.train_step
             if self.model.jit_compile and type(self.model).train_step is keras.Model.train_step:
-                step = self._xla_train_step()
+                step = xla_train_step(self.model, self.replica)
             self.model.train_function = self._step_function(step, training=True)
         return self.model.train_function
 
@@ -286,24 +287,3 @@ class _MultiWorker:
             logs.update(flat(keras_step(data)))
         self.replica.refuse()
         return {name: tf.convert_to_tensor(value) for name, value in logs.items()}, rows
-
-    def _xla_train_step(self) -> Callable[[Any], dict[str, tf.Tensor]]:
-        """Returns the `train_step` of Keras, in which XLA compiles only the forward and backward pass."""
-        model = self.model
-
-        @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
-        def forward_backward(x: Any, y: Any, sample_weight: Any) -> Any:
-            with replaced(self.replica, "within_xla", True), tf.GradientTape() as tape:
-                y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-                loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-                scaled = model.optimizer.scale_loss(loss)
-            return y_pred, loss, tape.gradient(scaled, model.trainable_weights)
-
-        def train_step(data: Any) -> dict[str, tf.Tensor]:
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            y_pred, loss, gradients = forward_backward(x, y, sample_weight)
-            model._loss_tracker.update_state(loss, sample_weight=rows_of(x))
-            model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
-            return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
-
-        return train_step

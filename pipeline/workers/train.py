@@ -252,10 +252,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         broadcast_from_rank_zero(False)
     if preempted:
         raise WorkerError("a host of the workers is about to be taken away; the checkpoint of the last step is whole")
-    if error:
-        return {"error": error}
-    used = {"gpus_per_worker": used_gpus(), "device": used_device()}
-    return {"num_workers": num_workers, "checkpoint": newest} | used
+    used = {"num_workers": num_workers, "gpus_per_worker": used_gpus(), "device": used_device()}
+    return {"error": error} if error else used | {"checkpoint": newest}
 
 
 def _named_corrupt(settings: dict[str, Any]) -> list[str | None] | None:

@@ -1,0 +1,32 @@
+"""A training step that XLA compiles without the collectives, which it does not support on a CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from .data import rows_of
+from .keras_internals import replaced
+from .one_replica import OneReplica
+
+
+def xla_train_step(model: keras.Model, replica: OneReplica) -> Callable[[Any], dict[str, tf.Tensor]]:
+    """Returns the `train_step` of Keras, in which XLA compiles only the forward and backward pass."""
+
+    @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
+    def forward_backward(x: Any, y: Any, sample_weight: Any) -> Any:
+        with replaced(replica, "within_xla", True), tf.GradientTape() as tape:
+            y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
+            loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            scaled = model.optimizer.scale_loss(loss)
+        return y_pred, loss, tape.gradient(scaled, model.trainable_weights)
+
+    def train_step(data: Any) -> dict[str, tf.Tensor]:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred, loss, gradients = forward_backward(x, y, sample_weight)
+        model._loss_tracker.update_state(loss, sample_weight=rows_of(x))
+        model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+        return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    return train_step
