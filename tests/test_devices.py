@@ -7,7 +7,6 @@ tests hide one that is there.
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from image_models import IMAGE_SHAPE, save_model
+from session_processes import kill_cluster
 
 from pipeline import devices
 from pipeline.devices import (
@@ -40,7 +40,7 @@ RUN = ("pipeline/run.py", "quickstart", "--train.num-workers", "1", "--storage")
 @pytest.fixture(scope="module")
 def cluster(ray_folder: Path) -> Iterator[str]:
     """Address of a cluster with two logical GPUs. The ids are of no GPU, also on a machine that has some."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "97,98"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "97,98", "RAY_TMPDIR": str(ray_folder)}
     ray = str(Path(sys.executable).with_name("ray"))
     options = ["--head", "--block", "--port=0", "--num-cpus=2", "--num-gpus=2", "--include-dashboard=false"]
     with (ray_folder / "head.log").open("w+") as log:
@@ -54,8 +54,8 @@ def cluster(ray_folder: Path) -> Iterator[str]:
                 time.sleep(0.2)
             yield found[1]
         finally:
-            head.send_signal(signal.SIGTERM)
-            head.wait(60)
+            kill_cluster(ray_folder)
+            head.wait()
 
 
 def run(address: str, *arguments: str) -> tuple[int, str, str]:

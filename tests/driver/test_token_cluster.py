@@ -1,8 +1,6 @@
 """A cluster of `ray start` that wants the token of its user, and commands given in a shell that sets nothing of Ray."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from image_models import IMAGE_SHAPE, save_model
 from PIL import Image
+from session_processes import kill_cluster
 from tracking_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -50,11 +49,7 @@ def cluster(home: Path, ray_folder: Path) -> Iterator[str]:
         assert time.monotonic() < deadline, (ray_folder / "head.log").read_text()
         time.sleep(0.1)
     yield f"127.0.0.1:{port}"
-    os.killpg(head.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
+    kill_cluster(ray_folder)
     head.wait()
 
 
