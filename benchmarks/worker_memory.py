@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for images, which are used again, and storage")
     parser.add_argument("--rows", type=int, default=700_000, help="training images")
     parser.add_argument("--batch", type=int, default=64, help="rows of a global batch")
+    parser.add_argument("--validation", default="0.01", help="data.validation_fraction")
     parser.add_argument("--window-mb", type=int, default=256, help="train.shuffle_window_mb")
     parser.add_argument("--cgroup", type=Path, help="memory cgroup in which the workers are held to the formula")
     parser.add_argument("--record", type=Path, help="JSON lines file to which the result is appended")
@@ -74,7 +75,7 @@ def main() -> None:
     write(images, args.rows)
     options = ["--train.shuffle-window-mb", str(args.window_mb), "--train.global-batch-size", str(args.batch)]
     base = run(args.folder / "digits", [*options, "--data.source", "digits"])
-    files = ["--data.source", "files", "--data.path", str(images), "--data.validation-fraction", "0.01"]
+    files = ["--data.source", "files", "--data.path", str(images), "--data.validation-fraction", args.validation]
     storage = args.folder / f"files-{args.rows}"
     hold = None
     if args.cgroup:
