@@ -107,12 +107,13 @@ def to_rows(dataset: ray.data.Dataset | ray.data.DataIterator) -> Rows:
 
 
 @contextlib.contextmanager
-def own_errors(other: type[Exception] = ValueError) -> Iterator[None]:
-    """Raises a ValueError that a Ray Data task raised as itself, without Ray's wrapping and traceback; `other` too."""
+def own_errors(*others: type[Exception]) -> Iterator[None]:
+    """Raises a ValueError, or one of `others`, that a Ray Data task raised as itself, without Ray's wrapping."""
+    own: tuple[type[Exception], ...] = (ValueError, *others)
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (ValueError, other)):
+        if isinstance(error.cause, own):
             raise _as_raised(error.cause) from None
         raise
 
