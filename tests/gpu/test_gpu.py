@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from image_models import IMAGE_SHAPE, save_model
+from tiny_training import MODEL, TRAIN
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -28,28 +29,6 @@ WORKER = Path(__file__).with_name("gpu_worker.py")
 REHEARSAL = "PERCEIVER_REHEARSE_GPU_TESTS"
 """Environment variable: if it is set, the tests run on CPUs, to see that they would run on GPUs."""
 COUNT = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
-MODEL: dict[str, Any] = {
-    "image_shape": (8, 8, 1),
-    "num_classes": 10,
-    "stem": "patches",
-    "patch_size": 2,
-    "data_dim": 16,
-    "num_latents": 4,
-    "latent_dim": 16,
-    "num_self_attention_blocks": 1,
-    "num_self_attention_heads": 2,
-    "use_final_layer_norm": True,
-}
-TRAIN: dict[str, Any] = {
-    "epochs": 3,
-    "global_batch_size": 50,
-    "optimizer": "sgd",
-    "learning_rate": 0.05,
-    "learning_rate_schedule": "constant",
-    "weight_decay": 0.0,
-    "random_crop_padding": 1,
-    "random_flip": False,
-}
 EQUAL = 1e-3
 """Relative difference of the losses of three epochs that is put down to the order of sums on another device."""
 Train = Callable[..., list[dict[str, Any]]]

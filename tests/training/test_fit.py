@@ -13,33 +13,12 @@ import fit_worker
 import keras
 import numpy as np
 import pytest
+from tiny_training import MODEL, TRAIN
 
 import perceiver.model  # noqa: F401  registers its classes with Keras
 from pipeline.training.worker import NotFinite
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
-MODEL: dict[str, Any] = {
-    "image_shape": (8, 8, 1),
-    "num_classes": 10,
-    "stem": "patches",
-    "patch_size": 2,
-    "data_dim": 16,
-    "num_latents": 4,
-    "latent_dim": 16,
-    "num_self_attention_blocks": 1,
-    "num_self_attention_heads": 2,
-    "use_final_layer_norm": True,
-}
-TRAIN: dict[str, Any] = {
-    "epochs": 3,
-    "global_batch_size": 50,
-    "optimizer": "sgd",
-    "learning_rate": 0.05,
-    "learning_rate_schedule": "constant",
-    "weight_decay": 0.0,
-    "random_crop_padding": 1,
-    "random_flip": False,
-}
 SGD: dict[str, Any] = {}
 ADAMW = {"optimizer": "adamw", "learning_rate": 2e-3, "weight_decay": 0.05, "learning_rate_schedule": "cosine"}
 EXECUTION = {
