@@ -52,6 +52,28 @@ class Augmentation:
         return images if self.zooms is None else _zoom(images, self.zooms)
 
 
+def alternating_flips(row_ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Whether each row is mirrored in an epoch: in every second one, and half of the rows in the first (Jordan, 2024).
+
+    Two epochs that follow each other thus show every row both ways. With flips by chance, half of the rows are seen
+    the same way twice (arXiv:2404.00498, section 3.6).
+
+    Args:
+        row_ids: int64 (N,).
+        seed: Seed that chooses the rows.
+        epoch: Number of the epoch, from 0.
+
+    Returns:
+        bool (N,); a row's value depends on its id alone, so that no rank has to know the other rows.
+    """
+    # SplitMix64 (Steele et al., 2014), whose bits are even for ids that follow one another.
+    start = (seed + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = row_ids.astype(np.uint64) + np.uint64(start)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z >> np.uint64(63)).astype(np.int64) + epoch) % 2 == 1
+
+
 def _crop(images: np.ndarray, corners: np.ndarray, padding: int) -> np.ndarray:
     """Cuts a window of the original size from every padded image.
 

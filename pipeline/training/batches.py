@@ -7,11 +7,12 @@ where a run was interrupted. `pipeline.data.order` says in which order the rows 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from pipeline.data.rows import RowSource
-from pipeline.training.augmentation import Augmentation, CutMix
+from pipeline.data.rows import Rows, RowSource
+from pipeline.training.augmentation import Augmentation, CutMix, alternating_flips
 from pipeline.training.config import TrainingConfig
 
 
@@ -74,18 +75,26 @@ def _endless(
         rng = np.random.default_rng([settings.seed, at_epoch, at_step])
         augmentation = Augmentation.draw(size, rng, settings)
         taken = batch.take(own)
-        images, labels = augmentation.rows(own).apply(taken.images), taken.labels
+        images, labels = _augmented(taken, augmentation.rows(own), settings, at_epoch), taken.labels
         if settings.cutmix:
-            mix = CutMix.draw(size, data.image_shape[:2], rng, settings.cutmix, batch.groups).rows(own)
+            share = settings.cutmix if at_epoch < settings.cutmix_until * settings.epochs else 0.0
+            mix = CutMix.draw(size, data.image_shape[:2], rng, share, batch.groups).rows(own)
             mixed = mix.mixed()
             partners = mix.partners[mixed]
             others = batch.take(partners)
-            pieces = augmentation.rows(partners).apply(others.images)
+            pieces = _augmented(others, augmentation.rows(partners), settings, at_epoch)
             images[mixed] = np.where(mix.rows(mixed).masks(), pieces, images[mixed])
             other_labels = labels.copy()  # an image that is not mixed has no share of another class
             other_labels[mixed] = others.labels
             labels = mix.targets(labels, other_labels, num_classes)
         yield images, labels
+
+
+def _augmented(rows: Rows, augmentation: Augmentation, settings: TrainingConfig, epoch: int) -> np.ndarray:
+    """The images of these rows, augmented; may overwrite them."""
+    if settings.random_flip and settings.alternating_flip:
+        augmentation = replace(augmentation, flips=alternating_flips(rows.row_ids, settings.seed, epoch))
+    return augmentation.apply(rows.images)
 
 
 def evaluation_slices(num_rows: int, batch_size: int, *, rank: int = 0, num_workers: int = 1) -> np.ndarray:

@@ -78,10 +78,14 @@ class TrainingConfig:
     """Pixels by which a training image is shifted at most in each direction; 0 turns it off."""
     random_flip: bool = True
     """Mirror training images left to right at random."""
+    alternating_flip: bool = field(default=False, metadata=ADDED_LATER)
+    """Whether `random_flip` mirrors an image in every second epoch, half of them from the first on, or by chance."""
     random_zoom: float = 0.0
     """Largest relative zoom of training images in height and in width; 0 turns it off."""
     cutmix: float = 0.0
     """Share of the training images that get a rectangle of another one, and its label by area; 0 turns it off."""
+    cutmix_until: float = field(default=1.0, metadata=ADDED_LATER)
+    """Share of the epochs after which no image is mixed any more, so that a training can end on images as they are."""
     class_weights: Literal["none", "balanced"] = field(default="none", metadata=ADDED_LATER)
     """Factors on the loss of the rows of each class; `balanced` makes every class count alike, however few its rows."""
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = "float32"
@@ -128,7 +132,8 @@ class TrainingConfig:
             require(0 <= value < math.inf, f"train.{name}", value, "give 0 or more")
         for name in ("label_smoothing", "random_zoom"):
             require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "give 0 or more, below 1")
-        require(0 <= self.cutmix <= 1, "train.cutmix", self.cutmix, "give a share from 0 to 1")
+        for name in ("cutmix", "cutmix_until"):
+            require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "give a share from 0 to 1")
         # An alias may come to mean another version, but a task's key says for ever what came out of it.
         pinned = self.initial_model is None or re.fullmatch(r"models:/[^/@:]+/[0-9]+", self.initial_model)
         require(bool(pinned), "train.initial_model", self.initial_model, "give models:/NAME/VERSION, no alias")

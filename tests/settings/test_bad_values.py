@@ -24,6 +24,7 @@ from command_lines import BORDER, ROOT, refusal, run
         ("--train.warmup-epochs -1", "train.warmup_epochs = -1.0", "give 0 or more"),
         ("--train.label-smoothing 1", "train.label_smoothing = 1.0", "below 1"),
         ("--train.cutmix 1.5", "train.cutmix = 1.5", "0 to 1"),
+        ("--train.cutmix-until -1", "train.cutmix_until = -1.0", "0 to 1"),
         ("--train.random-zoom nan", "train.random_zoom = nan", "below 1"),
         ("--train.epochs 0", "train.epochs = 0", "give at least 1"),
         ("--train.max-failures -1", "train.max_failures = -1", "give 0 or more"),

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.order import epoch_order
 from pipeline.data.rows import Rows
-from pipeline.training.augmentation import Augmentation
+from pipeline.training.augmentation import Augmentation, alternating_flips
 from pipeline.training.batches import evaluation_slices, steps_per_epoch, train_batches
 from pipeline.training.config import TrainingConfig
 
@@ -18,6 +18,7 @@ PLAIN = TrainingConfig(
 )
 AUGMENTED = replace(PLAIN, random_crop_padding=4, random_flip=True, random_zoom=0.2)
 MIXED = replace(AUGMENTED, cutmix=0.7)
+ALTERNATING = replace(MIXED, alternating_flip=True)
 NUM_CLASSES = 37
 
 
@@ -64,7 +65,9 @@ def test_batches_are_the_rows_of_the_epoch_order(data: Rows) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
-@pytest.mark.parametrize("settings", [PLAIN, AUGMENTED, MIXED], ids=["plain", "augmented", "mixed"])
+@pytest.mark.parametrize(
+    "settings", [PLAIN, AUGMENTED, MIXED, ALTERNATING], ids=["plain", "augmented", "mixed", "alternating"]
+)
 def test_all_ranks_together_see_what_one_worker_sees(data: Rows, settings: TrainingConfig, num_workers: int) -> None:
     single = islice(train_batches(data, settings, NUM_CLASSES, rank=0, num_workers=1), 6)
     ranks = [
@@ -127,6 +130,37 @@ def test_half_of_the_images_are_mirrored() -> None:
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
     assert ((flipped == images).all(axis=(1, 2, 3)) ^ mirrored).all()
     assert 160 < mirrored.sum() < 240
+
+
+def test_alternating_flips_show_every_row_both_ways_in_two_epochs(data: Rows) -> None:
+    settings = replace(PLAIN, random_flip=True, alternating_flip=True, global_batch_size=37)
+    batches = train_batches(data, settings, NUM_CLASSES, rank=0, num_workers=1)
+    mirrored = np.empty((4, 37), bool)
+    for epoch in range(4):
+        images, labels = next(batches)
+        for image, row in zip(images, labels, strict=True):
+            mirrored[epoch, row] = not np.array_equal(image, data.images[row])
+            expected = data.images[row][:, ::-1] if mirrored[epoch, row] else data.images[row]
+            np.testing.assert_array_equal(image, expected)
+    np.testing.assert_array_equal(mirrored[1], ~mirrored[0])
+    np.testing.assert_array_equal(mirrored[2:], mirrored[:2])
+    assert 9 <= mirrored[0].sum() <= 28
+    many = alternating_flips(np.arange(10_000), seed=0, epoch=0)
+    assert abs(many.mean() - 0.5) < 0.02
+    assert abs((many == alternating_flips(np.arange(10_000), seed=1, epoch=0)).mean() - 0.5) < 0.02
+
+
+def test_alternating_flips_do_not_mirror_by_themselves(data: Rows) -> None:
+    settings = replace(PLAIN, random_flip=False, alternating_flip=True)
+    images, labels = next(train_batches(data, settings, NUM_CLASSES, rank=0, num_workers=1))
+    np.testing.assert_array_equal(images, data.images[labels])
+
+
+def test_no_image_is_mixed_after_the_given_share_of_the_epochs(data: Rows) -> None:
+    settings = replace(PLAIN, cutmix=1.0, cutmix_until=0.5, epochs=4)
+    batches = train_batches(data, settings, NUM_CLASSES, rank=0, num_workers=1)
+    mixed = [(next(batches)[1].max(axis=1) < 1).any() for _ in range(4 * steps_per_epoch(37, 8))]
+    assert mixed == [True] * 8 + [False] * 8
 
 
 def test_a_crop_is_a_window_of_the_reflected_image_and_every_shift_occurs() -> None:
