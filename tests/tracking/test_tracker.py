@@ -72,6 +72,19 @@ def test_repeated_calls_add_nothing(tracker: Tracker) -> None:
     assert run.data.tags["dataset.sha256"] == SHA256
 
 
+def test_the_experiment_opens_in_the_view_of_model_training(tmp_path: Path) -> None:
+    kind = "mlflow.experimentKind"  # what the pages of `mlflow ui` look at
+    made = open_tracker(tmp_path)
+    assert made.client.get_experiment(made.experiment_id).tags[kind] == "custom_model_development"
+    made.client.create_experiment("elsewhere")
+    made.client.create_experiment("chosen", tags={kind: "genai_development"})
+    kinds = {}
+    for name in ("elsewhere", "chosen"):
+        opened = Tracker(made.client.tracking_uri, name)
+        kinds[name] = opened.client.get_experiment(opened.experiment_id).tags[kind]
+    assert kinds == {"elsewhere": "custom_model_development", "chosen": "genai_development"}
+
+
 def test_a_longer_history_adds_only_what_is_new(tracker: Tracker) -> None:
     run_id = tracker.find_or_create_run("train", "growing")
     history = [{"epoch": epoch, "loss": 1 / epoch, "lr": math.inf} for epoch in range(1, 1201)]
