@@ -43,6 +43,7 @@ WORKERS, EPOCHS, SECONDS = 2, 3, 0.5
 DRIVER, WORKER = "driver", "ray::RayTrainWorker"
 KERNEL_BYTES = 16 * MIB
 """For page tables, sockets and the like, in a memory cgroup."""
+LIMITS = ("memory.max", "memory.limit_in_bytes")
 
 
 @dataclass
@@ -52,6 +53,9 @@ class Memory:
     samples: dict[int, list[tuple[float, int]]] = field(default_factory=dict)
     """Seconds and bytes of each process, by its id."""
     titles: dict[int, str] = field(default_factory=dict)
+    """What each process is; a worker stays one, whatever it executes."""
+    unshared: dict[int, int] = field(default_factory=dict)
+    """The most bytes of each process that are not mapped from files."""
     epoch_ends: list[float] = field(default_factory=list)
 
     def peaks(self, title: str, start: float = 0.0, end: float = float("inf")) -> list[int]:
@@ -80,7 +84,8 @@ def main() -> None:
     hold = None
     if args.cgroup:
         run(storage, [*options, *files], until="preprocess")
-        hold = Hold(args.cgroup, max(base.peaks(WORKER)), 1.1 * formula(storage, args.window_mb, args.batch)[0])
+        anyway = max(base.unshared[pid] for pid, title in base.titles.items() if title == WORKER)
+        hold = Hold(args.cgroup, anyway, 1.1 * formula(storage, args.window_mb, args.batch)[0])
     memory = run(storage, [*options, *files], hold=hold)
     run_as = {"rows": args.rows, "batch": args.batch, "held": bool(hold)}
     result = compared(base, memory, *formula(storage, args.window_mb, args.batch)) | run_as
@@ -146,20 +151,26 @@ class Hold:
     folder: Path
     """A memory cgroup, which is made if there is none."""
     anyway: int
-    """Bytes that a process may have resident, and"""
+    """Bytes that a process may have that are not mapped from files, and"""
     beyond: float
     """bytes that it may take beyond that."""
+    limits: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not any((self.folder / name).exists() for name in LIMITS):
+            sys.exit(f"{self.folder} is no memory cgroup: it has neither {' nor '.join(LIMITS)}")
 
     def take(self, pid: int) -> None:
         """A cgroup counts what a process takes after it was moved there, so the limit is less by what it has.
 
-        It also counts what the kernel keeps for the process, which is not resident memory.
+        It also counts what the kernel keeps for the process, but mapped libraries for whoever read them first.
         """
         group = self.folder / str(pid)
-        group.mkdir(parents=True)
-        names = ("memory.max", "memory.limit_in_bytes")
-        (limit,) = (group / name for name in names if (group / name).exists())
-        limit.write_text(str(int(self.anyway - resident(pid) + self.beyond + KERNEL_BYTES)))
+        group.mkdir()
+        self.limits[pid] = int(self.anyway - in_memory(pid)[1] + self.beyond + KERNEL_BYTES)
+        (limit,) = (group / name for name in LIMITS if (group / name).exists())
+        limit.write_text(str(self.limits[pid]))
         (group / "cgroup.procs").write_text(str(pid))
 
 
@@ -173,12 +184,14 @@ def sampled(driver: int, hold: Hold | None = None) -> Iterator[Memory]:
             for pid in below(driver):
                 with contextlib.suppress(OSError, KeyError, ValueError):  # it has ended by now
                     title = Path(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()).name
-                    title = title.partition(".")[0] if title.startswith(WORKER) else title  # less what it executes
-                    if hold and title == WORKER and memory.titles.get(pid) != WORKER:
+                    if title.startswith(WORKER) or memory.titles.get(pid) == WORKER:
+                        title = WORKER
+                    if hold and title == WORKER and pid not in hold.limits:
                         hold.take(pid)
-                    size = resident(pid)
+                    size, unshared = in_memory(pid)
                     memory.titles[pid] = DRIVER if pid == driver else title
                     memory.samples.setdefault(pid, []).append((time.monotonic(), size))
+                    memory.unshared[pid] = max(unshared, memory.unshared.get(pid, 0))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -202,10 +215,11 @@ def below(root: int) -> list[int]:
     return found
 
 
-def resident(pid: int) -> int:
-    """Resident memory in bytes, without what it shares with Ray's object store."""
+def in_memory(pid: int) -> tuple[int, int]:
+    """Resident memory in bytes without what is shared with Ray's object store, and what of it is not from files."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return (int(fields["VmRSS"].split()[0]) - int(fields["RssShmem"].split()[0])) * 1024
+    resident, unshared, shared = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "RssShmem"))
+    return resident - shared, unshared
 
 
 def formula(storage: Path, window_mb: int, batch: int) -> tuple[int, StreamOrder]:
@@ -237,9 +251,7 @@ def compared(base: Memory, memory: Memory, allowed: int, order: StreamOrder) -> 
         "formula": allowed,
         "worker_on_digits": anyway,
         "worker_beyond": max(memory.peaks(WORKER)) - anyway,
-        "worker_by_epoch": [
-            max(memory.peaks(WORKER, start, end)) - anyway for start, end in itertools.pairwise(bounds)
-        ],
+        "worker_by_epoch": [max(memory.peaks(WORKER, *ends)) - anyway for ends in itertools.pairwise(bounds)],
         "driver_on_digits": max(base.peaks(DRIVER)),
         "driver_beyond": max(memory.peaks(DRIVER)) - max(base.peaks(DRIVER)),
         "others": {title: max(memory.peaks(title)) for title in set(memory.titles.values()) - {DRIVER, WORKER}},
