@@ -161,7 +161,7 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
     Raises:
         ValueError: As `list_items`, or if the storage does not exist.
     """
-    console, storage = console or make_console(), open_storage(options.storage)
+    console, storage = console or make_console(), open_storage(options.storage, tree=True)
     if not storage.exists(""):
         raise ValueError(f"storage = {options.storage!r}: no such folder")
     items = list_items(storage, options.tracking_uri)

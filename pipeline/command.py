@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.contact import check_path
 from pipeline.devices import DeviceError
 from pipeline.masking import mask, printable
 
@@ -31,10 +32,10 @@ def run_command(command: Callable[[], int]) -> int:
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
     """
-    _set_environment()
     # What the parser of the command line, warnings and loggers print is masked too.
     sys.stdout, sys.stderr = _Masked(sys.stdout), _Masked(sys.stderr)
     try:
+        _set_environment()
         return command()
     except ValueError as error:
         say_error(f"error: {error}")
@@ -75,7 +76,9 @@ def _has_token() -> bool:
     """Whether this user has a token for Ray clusters, where Ray looks for it."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
-    place = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    place = given or os.path.expanduser("~/.ray/auth_token")
+    check_path(place, "RAY_AUTH_TOKEN_PATH" if given else "HOME")
     return Path(place).is_file()
 
 

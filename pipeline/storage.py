@@ -9,14 +9,14 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
+
+from pipeline.contact import check_path, check_store
 
 
 class CorruptFileError(ValueError):
@@ -50,15 +50,12 @@ def sha256_of_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-CONTACT_SECONDS = 10.0
-"""How long a storage may take to answer at first; the libraries of the clouds try for a quarter of an hour."""
-
-
-def open_storage(uri: str, option: str = "storage") -> "Storage":
+def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Storage":
     """`Storage(uri)`, once it has answered.
 
     Args:
         option: name of the option that gave `uri`, for messages.
+        tree: whether what is mounted below a folder must answer too, because all of it will be listed.
 
     Raises:
         ValueError: if pyarrow knows no file system for the URI, or the storage does not answer or refuses to.
@@ -66,37 +63,14 @@ def open_storage(uri: str, option: str = "storage") -> "Storage":
     if not uri.strip():  # as of a variable of the shell that is not set; it would be the folder of the command
         raise ValueError(f"{option} = {uri!r}: give a folder or a URI that pyarrow.fs takes")
     if _is_local(uri):
-        return Storage(uri)
-    # In a process of its own, because the call can be ended in no other way. The URI may hold a key: not an argument.
-    try:
-        asked = subprocess.run(
-            [sys.executable, "-c", _ASK],
-            input=uri,
-            capture_output=True,
-            text=True,
-            timeout=CONTACT_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"{option} = {uri!r} has not answered within {CONTACT_SECONDS:g} s: check that this machine reaches it, "
-            "and that the URI names the right endpoint and region"
-        ) from None
-    if asked.returncode:
-        why = asked.stderr.strip().rpartition("\n")[2]
+        check_path(uri.removeprefix("file://"), option, tree)
+    elif why := check_store(uri, option):
         try:
             Storage(uri)
         except ValueError as error:  # it is no URI of a storage
             raise ValueError(str(error).replace("storage = ", f"{option} = ", 1)) from error
         raise ValueError(f"{option} = {uri!r} cannot be read and written: {why}")
     return Storage(uri)
-
-
-_ASK = """
-import sys, pyarrow.fs
-filesystem, path = pyarrow.fs.FileSystem.from_uri(sys.stdin.read())
-filesystem.get_file_info(path)
-"""
 
 
 def _is_local(uri: str) -> bool:

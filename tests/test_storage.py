@@ -165,7 +165,7 @@ def test_parts_are_joined_to_a_path() -> None:
 
 
 def test_a_store_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.CONTACT_SECONDS", 2.0)
+    monkeypatch.setattr("pipeline.contact.CONTACT_SECONDS", 2.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"127.0.0.1:{silent.getsockname()[1]}"
         uri = f"s3://bucket/runs?endpoint_override={host}&scheme=http&region=a"

@@ -7,6 +7,7 @@ import shlex
 import socket
 from pathlib import Path
 
+from pipeline.contact import check_path
 from pipeline.data.config import DatasetConfig
 from pipeline.data.source import Archive, Source
 from pipeline.storage import sha256_of_file
@@ -34,6 +35,7 @@ def check_archive(config: DatasetConfig, source: Source) -> None:
             )
         return
     path = os.path.expanduser(config.archive)
+    check_path(path, "data.archive")
     if not os.path.isfile(path):
         raise ValueError(
             f"data.archive = {config.archive!r}: no such file; give the path of a {source.name} .tar.gz, "

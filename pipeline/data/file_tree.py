@@ -68,7 +68,7 @@ def list_files(uri: str, option: str, output: Storage | None = None) -> FileTree
     Raises:
         ValueError: if there is no such file or folder, or it cannot be listed.
     """
-    whole = open_storage(uri, option)
+    whole = open_storage(uri, option, tree=True)
     try:
         info = whole.filesystem.get_file_info(whole.fs_path(""))
         if info.type == pafs.FileType.NotFound:

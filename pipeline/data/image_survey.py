@@ -23,7 +23,7 @@ from pipeline.data.image_containers import HEAD_BYTES, read_heads, read_images
 from pipeline.data.image_decoding import Header, ImageError, most_bytes, read_header
 from pipeline.data.labelled_images import Listing, list_images
 from pipeline.data.npz_files import NpzImages
-from pipeline.storage import Storage
+from pipeline.storage import Storage, open_storage
 
 _SAY_SECONDS = 5.0
 _NAMED = 3
@@ -152,10 +152,10 @@ def find_images(config: DatasetConfig, storage: str, keep_survey: bool = True) -
         ValueError: if the images cannot be used as `config` says; names the option and the remedy.
     """
     assert config.path is not None
-    listing = list_images(config.path)
+    place, listing = open_storage(storage), list_images(config.path)
     check_classes(listing, {split: np.bincount(r.labels, minlength=1) for split, r in listing.splits.items()})
-    headers = read_headers(listing, Storage(storage), keep_survey, config.max_pixels)
-    check_corrupt(config, headers.corrupt, sum(map(len, listing.splits.values())), Storage(storage), "corrupt.csv")
+    headers = read_headers(listing, place, keep_survey, config.max_pixels)
+    check_corrupt(config, headers.corrupt, sum(map(len, listing.splits.values())), place, "corrupt.csv")
     if not headers.sizes:
         raise ValueError(
             f"data.path = {config.path!r}: none of the images can be used: mend them, or give another folder"
@@ -216,11 +216,15 @@ def check_corrupt(config: DatasetConfig, corrupt: Corrupt, total: int, storage: 
         return
     text = io.StringIO()
     csv.writer(text).writerows([("file_name", "problem"), *corrupt])
-    storage.write_bytes(path, text.getvalue().encode())
+    try:
+        storage.write_bytes(path, text.getvalue().encode())
+        listed = f"the list is in {storage.absolute(path)}"
+    except OSError as error:
+        listed = f"the list cannot be written to {storage.absolute(path)} ({error})"
     name, why = corrupt[0]
     raise ValueError(
         f"data.max_corrupt = {config.max_corrupt}: {len(corrupt):,} of {total:,} images cannot be used, first {name}, "
-        f"which {why}; the list is in {storage.absolute(path)}: mend them, or give --data.max-corrupt {len(corrupt)} "
+        f"which {why}; {listed}: mend them, or give --data.max-corrupt {len(corrupt)} "
         "to leave them out"
     )
 

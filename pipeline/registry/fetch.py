@@ -10,6 +10,7 @@ import numpy as np
 from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 
+from pipeline.contact import check_path
 from pipeline.registry.versions import has_file
 from pipeline.tracking.server import check_server, has_database
 from pipeline.tracking.tracker import TrackingError, is_transient, open_client
@@ -119,6 +120,8 @@ def resolve(uri: str, tracking_uri: str | None) -> str:
     Raises:
         ValueError: If there is no such model.
     """
+    if not uri.startswith("models:/"):
+        check_path(uri, "model")
     if (Path(uri) / "MLmodel").is_file():
         return str(Path(uri).resolve())
     if (parts := MODEL_URI.fullmatch(uri)) is None:

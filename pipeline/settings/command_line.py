@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.contact import check_path
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.sources import SOURCES, source_of
@@ -81,6 +82,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
 
 
 def _check_writable(path: str) -> None:
+    check_path(path, "summary-json")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise ValueError(f"summary-json = {path!r}: there is no folder {folder}: make it")

@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from pipeline.contact import check_path
+
 ANSWER_SECONDS = 1.5
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 """Those of databases whose URI has none."""
@@ -117,6 +119,7 @@ def _check_file(uri: str, file: str | None) -> None:
     """Checks that an SQLite file is one, or can be made, and can be written: MLflow would try for minutes."""
     if not file or file == ":memory:":
         raise ValueError(f"tracking.uri = {uri}: keeps nothing when the run has ended: give sqlite:///FILE")
+    check_path(file, "tracking.uri")
     try:
         folder = Path(file).absolute().parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -151,6 +154,7 @@ def has_database(uri: str) -> bool:
     if not uri.startswith("sqlite:///"):
         return True
     file = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    check_path(str(file), "tracking.uri")
     if not file.is_file():
         return False
     try:
