@@ -6,7 +6,7 @@
 A registered version needs the tasks that made it and the report on it. Of a finished task, the state that an
 interrupted attempt would resume from is not needed, except for the trials of a search, which later searches reuse.
 Files younger than `--keep-hours` stay, because a run may be using them. MLflow's own files, files of other programs and
-what is behind a link are not touched. Exit codes: 0 done, 2 an argument cannot be used.
+what is behind a link or a mount are not touched. Exit codes: 0 done, 2 an argument cannot be used.
 """
 
 import os
@@ -110,15 +110,31 @@ def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
 def _contents(storage: Storage) -> dict[str, Files]:
     """The files of each folder of a task, by its path, without those of other programs and what is behind links."""
     found = {}
+    mounted = mounts_below(storage)
     for task in TASKS:
         home = f"tasks/{task.name}"
         if _is_link(storage, "tasks") or _is_link(storage, home):
             continue
         for key in filter(KEY.fullmatch, storage.list(home)):
             folder = f"{home}/{key}"
+            if any(f"{folder}/".startswith(f"{point}/") or point.startswith(f"{folder}/") for point in mounted):
+                continue
             if not _is_link(storage, folder) and all(map(CHILD.fullmatch, storage.list(folder))):
                 found[folder] = _files(storage, folder)
     return {folder: files for folder, files in found.items() if files}
+
+
+def mounts_below(storage: Storage) -> list[str]:
+    """Paths below the root of the storage at which something is mounted, be it a part of the same disk."""
+    if not storage.is_local:
+        return []
+    root = os.path.realpath(storage.root).rstrip("/") + "/"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in file]
+    except OSError:  # a system without /proc
+        return []
+    return sorted({point.removeprefix(root) for point in points if point.startswith(root)})
 
 
 def _is_link(storage: Storage, path: str) -> bool:
@@ -172,11 +188,19 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
         )
     deleted = [item for item in items if not item.needed and item.hours >= options.keep_hours]
     _show(items, deleted, options, console)
+    for point in mounts_below(storage):
+        console.print(escape(f"not touched, because something is mounted there: {point}"))
     if options.remove:
         for item in deleted:
-            if item.has_manifest:
-                storage.delete(f"{item.path}/{MANIFEST}")
-            storage.delete(item.path)
+            try:
+                if item.has_manifest:
+                    storage.delete(f"{item.path}/{MANIFEST}")
+                storage.delete(item.path)
+            except OSError as error:
+                raise ValueError(
+                    f"storage = {options.storage!r}: {item.path} cannot be deleted ({error}): do it as the user who "
+                    "wrote it; what is listed above it may be deleted already"
+                ) from error
     return sum(item.size for item in deleted)
 
 

@@ -1,9 +1,12 @@
 """Cleaning deletes everything that no version in a real registry needs, and only with `--remove`."""
 
+import contextlib
 import hashlib
 import io
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,52 @@ def test_files_of_other_programs_and_what_is_behind_links_stay(storage: Storage,
     assert (elsewhere / "attempt-1" / "file").exists()
     assert (elsewhere / key("d") / "state").exists()
     assert not storage.exists(f"tasks/train/{unneeded}"), "what is ours goes"
+
+
+@contextlib.contextmanager
+def mounted(*options: object) -> Iterator[None]:
+    """Mounts something within the block; `options` are those of `mount`, the folder last."""
+    made = subprocess.run(["mount", *map(str, options)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"nothing can be mounted here: {made.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(options[-1])], check=True)
+
+
+def test_what_is_mounted_stays(storage: Storage, tmp_path: Path) -> None:
+    root, elsewhere, child = Path(storage.uri), tmp_path / "else where", f"tasks/train/{key('b')}"
+    (elsewhere / key("d") / "attempt-1").mkdir(parents=True)
+    (elsewhere / key("d") / "attempt-1" / "file").write_text("mine")
+    for name in ("tasks/evaluate", f"{child}/state/disk"):
+        (root / name).mkdir(parents=True)
+    # A part of the same disk, which has the same number of a device, and another file system.
+    bind = mounted("--bind", elsewhere, root / "tasks/evaluate")
+    with bind, mounted("-t", "tmpfs", "tmpfs", root / child / "state/disk"):
+        (root / child / "state/disk/file").write_text("mine")
+        before = files(storage)
+        _, text = run_clean(storage, remove=True, keep_hours=0.0)
+        left = files(storage)
+        assert (root / child / "state/disk/file").exists()
+    assert (elsewhere / key("d") / "attempt-1" / "file").exists()
+    assert {path for path in before if path.startswith(child)} <= left, "a task stays as a whole"
+    assert f"tasks/train/{key('c')}/state/checkpoints/1/arrays" not in left
+    assert "not touched, because something is mounted there: tasks/evaluate\n" in text
+    assert f"{child}/state/disk" in text.replace("\n", "")
+    run_clean(storage, remove=True, keep_hours=0.0)
+    assert not (root / child).exists(), "it goes when nothing is mounted there"
+
+
+def test_what_cannot_be_deleted_is_named(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Storage, "delete", refuse)
+    with pytest.raises(
+        ValueError, match=r"storage = .*: tasks/\w+/\w+.* cannot be deleted .*Permission denied.*do it as"
+    ):
+        run_clean(storage, remove=True, keep_hours=0.0)
 
 
 def test_a_folder_in_which_no_run_was_is_refused(storage: Storage) -> None:
