@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from mlflow.artifacts import download_artifacts
 from mlflow.models import Model
 
 from pipeline.contact import check_path
 from pipeline.registry.versions import has_file
+from pipeline.tracking.artifacts import download
 from pipeline.tracking.server import check_server, has_database
 from pipeline.tracking.tracker import TrackingError, is_transient, open_client
 
@@ -158,7 +158,7 @@ def is_registered(uri: str, tracking_uri: str) -> bool:
         check_server(tracking_uri)
         version = open_client(tracking_uri).get_model_version(parts["name"], parts["version"])
         return has_file(str(version.source), "MLmodel", tracking_uri)
-    except (TrackingError, OSError, ValueError) as error:
+    except (TrackingError, OSError, ValueError, ImportError) as error:
         return not (isinstance(error, TrackingError) and error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
@@ -183,10 +183,11 @@ def fetch_file(uri: str, tracking_uri: str | None, file: str, folder: Path) -> P
     client = open_client(tracking_uri)
     source = client.get_model_version(parts["name"], parts["version"]).source
     try:
-        path = download_artifacts(artifact_uri=f"{source}/{file}", dst_path=str(folder), tracking_uri=tracking_uri)
+        return download(f"{source}/{file}", tracking_uri, folder)
+    except TimeoutError as error:
+        raise ValueError(f"model = {uri!r}: its files cannot be read: {error}") from error
     except (TrackingError, OSError) as error:
         raise ValueError(f"model = {uri!r} has no file {file}: it was not registered by this pipeline") from error
-    return Path(path)
 
 
 def check_file(uri: str, tracking_uri: str, file: str) -> None:
@@ -200,7 +201,7 @@ def check_file(uri: str, tracking_uri: str, file: str) -> None:
     try:
         version = open_client(tracking_uri).get_model_version(parts["name"], parts["version"])
         is_there = has_file(str(version.source), file, tracking_uri)
-    except (TrackingError, OSError) as error:
+    except (TrackingError, OSError, ImportError) as error:
         raise ValueError(f"model = {uri!r}: its files cannot be read: {error}") from error
     if not is_there:
         raise ValueError(
@@ -240,7 +241,7 @@ def fetch(uri: str, tracking_uri: str | None, folder: Path, trust: bool = False)
         client = open_client(tracking_uri)
         source = client.get_model_version_download_uri(parts["name"], parts["version"])
         try:
-            local = Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=tracking_uri))
-        except (TrackingError, OSError) as error:
+            local = download(source, tracking_uri, folder)
+        except (TrackingError, OSError, ImportError) as error:
             raise ValueError(f"model = {uri!r}: its files cannot be read from {source}: {error}") from error
     return RegisteredModel.from_folder(local, pinned, trust)

@@ -14,6 +14,7 @@ from pipeline.registry.export import export
 from pipeline.registry.model_card import ModelCard
 from pipeline.registry.promotion import Evidence
 from pipeline.registry.versions import register
+from pipeline.tracking.artifacts import write_probe
 from pipeline.tracking.provenance import collect_provenance
 from pipeline.tracking.tracker import Tracker, retry_transient
 
@@ -94,6 +95,7 @@ def _register(
 ) -> dict[str, Any]:
     tracker = Tracker(destination.tracking_uri, destination.experiment, destination.artifact_location)
     run_id = tracker.existing_run(run_identity)
+    write_probe(tracker)  # a store that is gone is found out in seconds, and tried again
     data, scores, calibration = trained.data, trained.scores, trained.scores["calibration"]
     card = _model_card(trained, destination.model_name, run_id)
     registered = register(

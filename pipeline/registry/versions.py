@@ -10,6 +10,7 @@ register at the same time agree on the champion without a lock, which a tracking
 A pipeline that sets the alias from an outdated view therefore sees the change afterwards, and corrects the alias.
 """
 
+import functools
 import io
 import json
 import zipfile
@@ -17,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import mlflow.artifacts
 import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
@@ -25,6 +25,7 @@ from mlflow.models import Model
 
 from pipeline.registry.config import PromotionConfig
 from pipeline.registry.promotion import Candidate, Evidence, decide
+from pipeline.tracking.artifacts import TRANSFER_SECONDS, download, list_files, within
 from pipeline.tracking.tracker import IDENTITY_TAG, Tracker, TrackingError
 
 CHALLENGER = "challenger"
@@ -132,7 +133,8 @@ class _Registry:
             export(folder, metadata)
             (folder / ROWS_FILE).parent.mkdir()
             np.savez_compressed(folder / ROWS_FILE, row_ids=evidence.row_ids, hits=evidence.hits)
-            self._client.log_model_artifacts(model.model_id, local)
+            upload = functools.partial(self._client.log_model_artifacts, model.model_id, local)
+            within(TRANSFER_SECONDS, upload, f"the artifact store {model.artifact_location}")
         self._client.finalize_logged_model(model.model_id, "READY")
 
     def find_or_create_version(
@@ -226,10 +228,13 @@ class _Registry:
 
 
 def has_file(artifacts: str, file: str, tracking_uri: str) -> bool:
-    """Whether there is the file `file` in the artifacts at the URI `artifacts`."""
+    """Whether there is the file `file` in the artifacts at the URI `artifacts`.
+
+    Raises:
+        TimeoutError: if their store does not answer.
+    """
     folder, _, name = f"{artifacts}/{file}".rpartition("/")
-    found = mlflow.artifacts.list_artifacts(artifact_uri=folder, tracking_uri=tracking_uri)
-    return any(entry.path.rpartition("/")[2] == name for entry in found)
+    return any(path.rpartition("/")[2] == name for path in list_files(folder, tracking_uri))
 
 
 def _evidence_tags(evidence: Evidence) -> dict[str, str]:
@@ -255,12 +260,10 @@ def _read_candidate(version: ModelVersion, tracking_uri: str) -> Candidate | Non
     if not has_file(str(version.source), ROWS_FILE, tracking_uri):
         raise _NoEvidence(f"{ROWS_FILE} is gone")
     with TemporaryDirectory() as folder:
-        path = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{version.source}/{ROWS_FILE}", dst_path=folder, tracking_uri=tracking_uri
-        )
+        path = download(f"{version.source}/{ROWS_FILE}", tracking_uri, folder)
         try:
             # From memory, since NumPy leaves a file open whose zip is damaged.
-            with np.load(io.BytesIO(Path(path).read_bytes())) as rows:
+            with np.load(io.BytesIO(path.read_bytes())) as rows:
                 row_ids, hits = rows["row_ids"], rows["hits"]
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise _NoEvidence(f"{ROWS_FILE} cannot be read: {error}") from error

@@ -131,6 +131,7 @@ class Tracker:
             if name not in found.tags:  # it was made elsewhere, or by an earlier version
                 self.client.set_experiment_tag(found.experiment_id, name, value)
         self.experiment_id: str = found.experiment_id
+        self.artifact_location: str = found.artifact_location
         self._steps: dict[tuple[str, str], set[int]] = {}
 
     @contextmanager
