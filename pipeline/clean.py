@@ -11,7 +11,6 @@ what is behind a link or a mount are not touched. Exit codes: 0 done, 2 an argum
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.command import run_command
+from pipeline.command import end, run_command
 from pipeline.driver.progress import make_console
 from pipeline.masking import MASK
 from pipeline.registry.fetch import registered_uris
@@ -289,4 +288,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

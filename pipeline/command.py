@@ -1,15 +1,17 @@
 """How every command of the project ends: its exit code, and one message on standard error."""
 
+import atexit
 import contextlib
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-from pipeline.contact import check_path
+from pipeline.contact import MAY_HANG, check_path
 from pipeline.devices import DeviceError
 from pipeline.masking import mask, printable
 
@@ -48,6 +50,17 @@ def run_command(command: Callable[[], int]) -> int:
     except Exception:
         say_error(traceback.format_exc())
         return 1
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process though a thread may still wait for a server: Python would join the threads of its libraries."""
+    if any(thread.name.startswith(MAY_HANG) for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        atexit._run_exitfuncs()  # what Ray has started is ended there
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Masked:

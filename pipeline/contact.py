@@ -14,6 +14,9 @@ CONTACT_SECONDS = 10.0
 """How long a place may take to answer at first; the libraries of the clouds try for a quarter of an hour, and the
 kernel asks the server of a network folder without end."""
 
+MAY_HANG = "may hang: "
+"""How the names of threads begin that may wait for a server when the command ends; see `pipeline.command.end`."""
+
 _ASK_STORE = """
 import sys, pyarrow.fs
 filesystem, path = pyarrow.fs.FileSystem.from_uri(sys.stdin.buffer.read().decode())

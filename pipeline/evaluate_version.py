@@ -9,7 +9,6 @@ argument cannot be used.
 """
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from pipeline.command import libraries_to_log, run_command
+from pipeline.command import end, libraries_to_log, run_command
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.ingest import load
@@ -133,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

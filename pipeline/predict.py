@@ -11,12 +11,10 @@ docs/evaluation.md has the measured speed. Exit codes: 0 done, 1 failed or no im
 argument or the input cannot be used.
 """
 
-import sys
-
 import tyro
 from rich.markup import escape
 
-from pipeline.command import libraries_to_log, run_command, say_error
+from pipeline.command import end, libraries_to_log, run_command, say_error
 from pipeline.driver.progress import make_console
 from pipeline.inference.config import PredictOptions
 from pipeline.masking import mask
@@ -44,4 +42,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -10,7 +10,7 @@ signal n, and can be continued.
 
 import sys
 
-from pipeline.command import run_command
+from pipeline.command import end, run_command
 from pipeline.settings.command_line import parse
 
 
@@ -26,4 +26,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

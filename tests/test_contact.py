@@ -90,3 +90,21 @@ def test_a_home_that_hangs_is_named(dead: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     assert run_command(lambda: pytest.fail("it goes on")) == 2
     assert f"error: HOME = '{dead}/.ray/auth_token' has not answered" in capsys.readouterr().err
+
+
+def test_a_command_ends_while_a_thread_waits_for_a_server() -> None:
+    code = """if True:
+        import atexit, concurrent.futures, socket, threading
+        from pipeline.command import end
+        from pipeline.contact import MAY_HANG
+
+        ours, _other = socket.socketpair()
+        pool = concurrent.futures.ThreadPoolExecutor()  # as the libraries of the clouds have, whose threads are joined
+        wait = lambda: pool.submit(ours.recv, 1).result()
+        threading.Thread(target=wait, name=f"{MAY_HANG}store", daemon=True).start()
+        atexit.register(print, "tidied up")
+        print("said", end=" ")
+        end(2)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "said tidied up\n", "")

@@ -1,5 +1,6 @@
 """Images as they are found: their places, splits and labels, whatever the labels are called at first."""
 
+import re
 import unicodedata
 from array import array
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pipeline.masking import CONTROL
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 MAX_CLASSES = 100_000
+# Of no width: a soft hyphen, blanks and marks of the order of bytes. Joiners and tags tell emoji and words apart.
+_UNSEEN = re.compile("[\u00ad\u180e\u200b\u2060\ufe0e\ufe0f\ufeff]")
 LONGEST_NAME = 1000
 """Characters of the name of a class, or of an image in a tar."""
 
@@ -145,22 +148,32 @@ class Collected:
                 raise self.fail(
                     f"{what} are from {low} to {high}, expected 0 to {top - 1}: leave out rows without a label"
                 )
-            if names is not None and len(set(names)) < len(names):
-                twice = next(name for position, name in enumerate(names) if name in names[:position])
-                raise self.fail(f"the names of the {what} have {twice!r} twice: give each class a name of its own")
             for name in names or []:
                 self._check_class(name, f"the list of the {what}")
+            self._check_alike(names or [], f"names of the {what}")
             numbers: list[str | int] = list(range(high + 1 if names is None else top))
             return numbers, [str(label) for label in numbers] if names is None else list(names)
         ordered = sorted(found, key=str)
-        alike: dict[str, object] = {}
-        for label in ordered:  # a blank at the end, or the accents of another operating system
-            if (other := alike.setdefault(unicodedata.normalize("NFC", str(label)).strip(), label)) != label:
+        texts = [str(label) for label in ordered]
+        self._check_alike(texts, what)
+        return ordered, texts
+
+    def _check_alike(self, names: Sequence[str], what: str) -> None:
+        """Refuses two names that a person takes for one: which accents an operating system writes, blanks, and
+        characters that are not seen.
+        """
+        alike: dict[str, str] = {}
+        for name in names:
+            shown = " ".join(unicodedata.normalize("NFC", _UNSEEN.sub("", name)).split())
+            if shown not in alike:
+                alike[shown] = name
+            elif alike[shown] == name:
+                raise self.fail(f"the {what} have {name!r} twice: give each class a name of its own")
+            else:
                 raise self.fail(
-                    f"the {what} {str(other)!r} and {str(label)!r} differ in blanks or in how accents are written "
-                    f"({other!a}, {label!a}): rename one"
+                    f"the {what} {alike[shown]!r} and {name!r} differ in blanks, in characters that are not seen or in "
+                    f"how accents are written ({alike[shown]!a}, {name!a}): rename one"
                 )
-        return ordered, [str(label) for label in ordered]
 
 
 _IN_ORDER = (TRAIN, VALIDATION, TEST)

@@ -118,6 +118,7 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
     """Adds the images of WebDataset tars: `key.jpg` with its class in `key.cls`, a number or a name."""
     for split, file in zip(split_of_files(chosen, collected), chosen, strict=True):
         images: dict[str, tuple[str, int, int]] = {}
+        dotted: dict[str, str] = {}
         labels: dict[str, str | int] = {}
         # Of a local file only the headers are read; a store would be asked once for each.
         open_file = (
@@ -140,16 +141,25 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                             raise collected.fail(f"{file} has two images of the key {key}: give each a key of its own")
                         images[key] = (member.name, member.offset_data, member.size)
                     elif suffix == "cls":
+                        if key in labels:
+                            raise collected.fail(f"{file} has two {key}.cls: write each key once")
                         content = tar.extractfile(member)
                         assert content is not None
                         text = collected.text(content.read(4 * LONGEST_NAME + 4), f"{file}:{member.name}").strip()
                         collected.check_name(text, file)
                         labels[key] = int(text) if text.isdecimal() and text.isascii() else text
                     else:
+                        if f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
+                            dotted.setdefault(key, member.name)
                         tree.leave_out(f"member of a tar (.{suffix})", f"{file}:{member.name}")
         # Of nested headers and of numbers that are none.
         except (tarfile.TarError, OSError, RecursionError, OverflowError) as error:
             raise collected.fail(f"{file} is no whole tar: {excerpt(error)}; write it again") from error
+        if lost := [name for key, name in dotted.items() if key not in images]:
+            raise collected.fail(
+                f"{file}: {excerpt(lost[0])} has a dot in its key, which ends at the first one, and so have "
+                f"{len(lost) - 1} other images: name them without"
+            )
         if alone := sorted(images.keys() ^ labels.keys()):
             raise collected.fail(
                 f"{file}: {alone[0]} has {'no .cls' if alone[0] in images else 'a .cls but no image'}, and so have "

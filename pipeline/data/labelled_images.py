@@ -185,17 +185,42 @@ def _other_tables(tree: FileTree) -> str:
     return f"; {found[0]} is not read" if found else ""
 
 
+def _split(row: dict[str, str | None]) -> str:
+    """What a row of a table says of its split; empty if it says nothing."""
+    return (row.get("split") or "").strip().lower()
+
+
+def _splits_of_folders(names: Sequence[str], table: str, collected: Collected) -> dict[str, str]:
+    """The split of each image of a table that says none: that of the table's folder, or of the image's folder below it.
+
+    Raises:
+        ValueError: if some images lie in folders of splits and some do not, so that it is not known what is meant.
+    """
+    folder = PurePosixPath(table).parent
+    if split_of_table := SPLIT_NAMES.get(folder.name.lower()):
+        return dict.fromkeys(names, split_of_table)
+    below = {name: name.removeprefix(f"{folder}/").split("/") for name in names}
+    found = {name: SPLIT_NAMES.get(parts[0].lower()) if parts[1:] else None for name, parts in below.items()}
+    within = [name for name, split in found.items() if split]
+    if within and (without := next((name for name, split in found.items() if not split), None)):
+        raise collected.fail(
+            f"{table} lists {excerpt(within[0])} in the folder of a split and {excerpt(without)} in none: add a column "
+            "split, or move the images"
+        )
+    return {name: split or TRAIN for name, split in found.items()}
+
+
 def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> None:
     tables = [name for name in chosen if PurePosixPath(name).name == METADATA]
     images = {name for name in chosen if suffix_of(name) in IMAGE_SUFFIXES}
     listed: set[str] = set()
     for table in tables:
         folder = str(PurePosixPath(table).parent)
-        default = SPLIT_NAMES.get(PurePosixPath(table).parent.name.lower(), TRAIN)
         text = io.StringIO(collected.text(tree.root.read_bytes(table), table), newline="")
         try:
             reader = csv.DictReader(text)
-            columns, rows = list(reader.fieldnames or ()), list(reader)
+            columns = list(reader.fieldnames or ())
+            rows = [(reader.line_num, row) for row in reader]  # a field may have several lines
         except csv.Error as error:  # a field without an end, or a byte that is no text
             raise collected.fail(f"{table} is no table: {error}: write it again") from error
         if missing := {"file_name", "label"} - set(columns):
@@ -205,10 +230,11 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
             )
         if twice := [name for name in columns if columns.count(name) > 1]:
             raise collected.fail(f"{table} has two columns {excerpt(repr(twice[0]))}: leave one out")
-        for number, row in enumerate(rows, 2):
+        listed_here = [str(PurePosixPath(folder) / (row["file_name"] or "")) for _, row in rows]
+        split_of = {} if any(_split(row) for _, row in rows) else _splits_of_folders(listed_here, table, collected)
+        for (number, row), name in zip(rows, listed_here, strict=True):
             collected.check_name(row["label"], table)
-            name = str(PurePosixPath(folder) / (row["file_name"] or ""))
-            split = (row.get("split") or "").strip().lower()
+            split = _split(row)
             problem = (
                 "is not among the images"
                 if name not in images
@@ -220,6 +246,8 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
                 if not row["label"]
                 else f"has the split {excerpt(repr(split))}, which is none of {', '.join(SPLIT_NAMES)}"
                 if split and split not in SPLIT_NAMES
+                else "has no split, and others have"
+                if not split and not split_of
                 else None
             )
             if problem:
@@ -229,6 +257,7 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
             listed.add(name)
             if "coarse_label" in row:
                 collected.group(row["label"], row["coarse_label"], f"{table}, line {number}: {excerpt(name)!r}")
-            collected.add(SPLIT_NAMES[split] if split else default, row["label"], name, name, size=tree.files[name][0])
+            taken = SPLIT_NAMES[split] if split else split_of[name]
+            collected.add(taken, row["label"], name, name, size=tree.files[name][0])
     for name in sorted(images - listed):
         tree.leave_out(f"not in {METADATA}", name)

@@ -45,7 +45,8 @@ def preprocess(
     Returns:
         Manifest: `image_shape`, `num_classes`, `label_names`, `coarse_label_names`, `pixel_mean` and `pixel_std` of
         each channel over the training rows in [0, 1], `digest`, and `splits`, which has for `train`, `validation` and
-        `test` `{rows, class_counts, digest, shards: [{path, rows, sha256}]}`; of image files `decoding` of `ingest`.
+        `test` `{rows, class_counts, digest, shards: [{path, rows, sha256}]}`; of image files `decoding` and
+        `coarse_of_class` of `ingest`.
 
         The digest of a split is the SHA-256 of the SHA-256s of its rows in order of row_id. It depends on the rows and
         not on their layout in shards. The bytes of a row are row_id as int64, label and, if there is one, coarse label
@@ -105,7 +106,7 @@ def preprocess(
     }
     mean, std = _pixel_statistics([record for _, record in written["train"]])
     digests = b"".join(bytes.fromhex(description["digest"]) for description in described.values())
-    kept = ("image_shape", "num_classes", "label_names", "coarse_label_names", "decoding")
+    kept = ("image_shape", "num_classes", "label_names", "coarse_label_names", "coarse_of_class", "decoding")
     return {key: ingested[key] for key in kept if key in ingested} | {
         "pixel_mean": mean,
         "pixel_std": std,

@@ -125,22 +125,32 @@ class RawDataset:
 
 
 def stratified_split(
-    labels: np.ndarray, fraction: float, seed: int, split: str = "validation"
+    labels: np.ndarray, fraction: float, seed: int, split: str = "validation", every_class: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Takes `round(fraction * rows)` rows out of every class, for the split `validation` or `test`.
+
+    Args:
+        every_class: whether each class must keep a row.
 
     Returns:
         Positions of the rows that stay, and of those that are taken out, each in ascending order.
 
     Raises:
-        ValueError: if that leaves one of the two without a row.
+        ValueError: if that leaves one of the two without a row, or a class without one that stays.
     """
     streams = {"validation": (), "test": (1,)}  # one of its own for each
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0], spawn_key=streams[split]))
     taken = []
-    for label in np.unique(labels):
-        rows = rng.permutation(np.flatnonzero(labels == label))
+    found, starts = np.unique(np.sort(labels), return_index=True)
+    of_class = np.split(np.argsort(labels, kind="stable"), starts[1:])  # one pass, since there may be many classes
+    for label, own in zip(found, of_class, strict=True):
+        rows = rng.permutation(own)
         taken.append(rows[: round(fraction * len(rows))])
+        if every_class and len(taken[-1]) == len(rows):
+            raise ValueError(
+                f"data.{split}_fraction = {fraction} takes all {len(rows)} rows of the class with the number {label}, "
+                "and leaves none for training: take a smaller share, or give the class more"
+            )
     held_out = np.sort(np.concatenate(taken))
     train = np.setdiff1d(np.arange(len(labels)), held_out)
     if not len(held_out) or not len(train):

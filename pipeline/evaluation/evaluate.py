@@ -98,6 +98,7 @@ def evaluate(
     config: EvaluationConfig,
     label_names: list[str],
     coarse_label_names: list[str] | None = None,
+    coarse_of_class: list[int] | None = None,
 ) -> Evaluation:
     """Evaluates a model on the test rows; the temperature is fitted to the validation rows.
 
@@ -105,6 +106,7 @@ def evaluate(
         model: Maps uint8 images to logits.
         label_names: Names of the K classes.
         coarse_label_names: Names of the superclasses, if the data set has any.
+        coarse_of_class: The superclass of each class, if it is known; else the rows tell it.
 
     Raises:
         ValueError: if a logit is not finite.
@@ -115,6 +117,7 @@ def evaluate(
     temperature = fit_temperature(validation_logits, validation.labels)
     probabilities = softmax(logits, temperature)
     confusion = confusion_matrix(test.labels, logits.argmax(axis=1), labels=np.arange(len(label_names)))
+    superclasses = _superclass_of_class(test, validation, len(label_names), coarse_of_class)
     results = {
         "label_names": label_names,
         "coarse_label_names": coarse_label_names,
@@ -122,7 +125,7 @@ def evaluate(
         "validation": validation_scores,
         "per_class": recalls(confusion),
         "confusion": confusion.tolist(),
-        "superclasses": _superclasses(logits, test, len(label_names)) if test.coarse_labels is not None else None,
+        "superclasses": _superclasses(logits, test, superclasses, len(coarse_label_names or ())),
         "calibration": {
             "num_bins": config.calibration_bins,
             "temperature": temperature,
@@ -170,12 +173,27 @@ def _seconds(apply: Apply, images: np.ndarray, calls: int) -> list[float]:
     return seconds
 
 
-def _superclasses(logits: np.ndarray, test: Rows | ShardedRows, num_classes: int) -> dict[str, Any]:
+def _superclass_of_class(
+    test: Rows | ShardedRows, validation: Rows | ShardedRows, num_classes: int, known: list[int] | None
+) -> np.ndarray | None:
+    """Superclass of each class, int64 (K,), or None if the data have none; -1 of a class that no row is of."""
+    if test.coarse_labels is None or validation.coarse_labels is None:
+        return None
+    if known is not None:
+        return np.array(known, np.int64)
+    labels = np.concatenate([test.labels, validation.labels])
+    return superclass_of_class(labels, np.concatenate([test.coarse_labels, validation.coarse_labels]), num_classes)
+
+
+def _superclasses(
+    logits: np.ndarray, test: Rows | ShardedRows, of_class: np.ndarray | None, count: int
+) -> dict[str, Any] | None:
     """Accuracy on superclasses; the superclass of a prediction is that of the predicted class."""
-    assert test.coarse_labels is not None
-    of_class = superclass_of_class(test.labels, test.coarse_labels, num_classes)
+    if of_class is None or test.coarse_labels is None:
+        return None
     predicted = logits.argmax(axis=1)
-    confusion = confusion_matrix(test.coarse_labels, of_class[predicted], labels=np.arange(of_class.max() + 1))
+    confusion = confusion_matrix(test.coarse_labels, of_class[predicted], labels=np.arange(count))
+    rows = np.bincount(test.coarse_labels, minlength=count)
     hit = predicted == test.labels
     return {
         "of_class": of_class.tolist(),
@@ -183,7 +201,7 @@ def _superclasses(logits: np.ndarray, test: Rows | ShardedRows, num_classes: int
         "confusion": confusion.tolist(),
         "per_superclass": recalls(confusion),
         # Share of the rows of each superclass whose class, not only superclass, is predicted.
-        "class_top1": [float(hit[test.coarse_labels == s].mean()) for s in range(len(confusion))],
+        "class_top1": [float(hit[test.coarse_labels == s].mean()) if rows[s] else None for s in range(count)],
     }
 
 

@@ -63,15 +63,13 @@ def recalls(confusion: np.ndarray) -> list[float | None]:
 
 
 def superclass_of_class(labels: np.ndarray, coarse_labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Superclass of each class, int64 (K,), derived from the labels of the rows.
+    """Superclass of each class, int64 (K,), derived from the labels of the rows; -1 of a class without rows.
 
     Raises:
-        ValueError: if a class has no row, or rows of several superclasses.
+        ValueError: if a class has rows of several superclasses.
     """
     found = np.full(num_classes, -1)
     found[labels] = coarse_labels
-    if (missing := np.flatnonzero(found < 0)).size:
-        raise ValueError(f"class {missing[0]} has no row, so its superclass is unknown")
     if (wrong := np.flatnonzero(found[labels] != coarse_labels)).size:
         raise ValueError(f"rows of class {labels[wrong[0]]} belong to several superclasses")
     return found

@@ -35,6 +35,8 @@ ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.
 STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
 EVIDENCE = "promotion.evidence"  # says what is wrong with the evidence of a version
 TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
+MOST_TAG_BYTES = 60_000
+"""Of a tag: MLflow takes 100,000 characters, and MySQL 65,535 bytes."""
 OPEN = "open"  # state of a version that is not decided yet
 # Each turn but the last follows a change by another pipeline, and so many do not register at once.
 MAX_TURNS = 50
@@ -79,7 +81,7 @@ def register(
         model,
         identity,
         run_id,
-        {**(tags or {}), **_evidence_tags(evidence), "label_names": json.dumps(list(label_names))},
+        {**(tags or {}), **_evidence_tags(evidence), "label_names": _names_tag(label_names)},
         description,
     )
     alias, reason = registry.settle(version, promotion)
@@ -235,6 +237,14 @@ def has_file(artifacts: str, file: str, tracking_uri: str) -> bool:
     """
     folder, _, name = f"{artifacts}/{file}".rpartition("/")
     return any(path.rpartition("/")[2] == name for path in list_files(folder, tracking_uri))
+
+
+def _names_tag(label_names: Sequence[str]) -> str:
+    """The names of the classes as JSON; of more than MLflow takes, how many there are and where they stand."""
+    names = json.dumps(list(label_names), ensure_ascii=False)
+    if len(names.encode()) <= MOST_TAG_BYTES:
+        return names
+    return f"{len(label_names)} names, which the metadata of the model have"
 
 
 def _evidence_tags(evidence: Evidence) -> dict[str, str]:

@@ -92,7 +92,7 @@ def trial_rows(context: Context, split: str) -> Rows:
     rows = open_split(manifest, split, context.storage, window_mb)
     wanted = settings.train_rows if split == "train" else settings.validation_rows
     if 0 < wanted < len(rows):
-        _, some = stratified_split(rows.labels, wanted / len(rows), context.config.data.seed)
+        _, some = stratified_split(rows.labels, wanted / len(rows), context.config.data.seed, every_class=False)
         return rows.take(some)
     if isinstance(rows, Rows):
         return rows

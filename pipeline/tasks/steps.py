@@ -105,9 +105,8 @@ def evaluate(context: Context) -> dict[str, Any]:
     test, validation = (open_split(manifest, split, storage, window_mb) for split in ("test", "validation"))
     with tempfile.TemporaryDirectory() as folder:
         model = keras.saving.load_model(_fetch_model(context, folder), compile=False)
-    found = evaluate(
-        model, test, validation, context.config.evaluation, manifest["label_names"], manifest["coarse_label_names"]
-    )
+    names = manifest["label_names"], manifest["coarse_label_names"], manifest.get("coarse_of_class")
+    found = evaluate(model, test, validation, context.config.evaluation, *names)
     pictures = io.BytesIO()
     np.savez_compressed(pictures, allow_pickle=False, **found.pictures)
     results, calibration = found.results, found.results["calibration"]

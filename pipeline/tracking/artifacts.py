@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from pipeline.contact import check_path
+from pipeline.contact import MAY_HANG, check_path
 from pipeline.tracking.tracker import Tracker, TrackingError, is_transient
 
 ANSWER_SECONDS = 10.0
@@ -46,7 +46,7 @@ def within(seconds: float, call: Callable[[], T], store: str) -> T:
             errors.append(error)
 
     # A daemon, which does not keep the process from ending.
-    thread = threading.Thread(target=work, name="artifacts", daemon=True)
+    thread = threading.Thread(target=work, name=f"{MAY_HANG}artifacts", daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:

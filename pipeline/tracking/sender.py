@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.contact import MAY_HANG
 from pipeline.storage import Storage
 from pipeline.tracking.outbox import Outbox, Record, Unsent
 from pipeline.tracking.tracker import Tracker, is_transient
@@ -45,7 +46,7 @@ class Sender:
         self._closing = False
         self._refused, self._reason = 0, ""
         # A daemon thread, because a call to a server that hangs returns only after its timeout.
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"{MAY_HANG}tracking", daemon=True)
         self._thread.start()
 
     @property

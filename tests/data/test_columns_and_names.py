@@ -110,6 +110,7 @@ def test_a_description_of_the_columns_that_cannot_be_read_is_none(described: str
     ("arrays", "message"),
     [
         ({"label_names": np.array(["a", "a"])}, "the names of the labels have 'a' twice"),
+        ({"label_names": np.array(["caf\xe9", "cafe\u0301"])}, "the names of the labels .* how accents are written"),
         ({"label_names": np.array(["a", ""])}, "has no label"),
         ({"labels": np.array(["a", "b\x1b[2J"] * 2)}, r"has the class 'b\\x1b\[2J', with control characters"),
         ({"labels": np.frombuffer(np.array([0x110000, 65] * 2, "u4"), "U1")}, "characters that are none"),
@@ -125,17 +126,20 @@ def test_names_and_arrays_that_mean_nothing(arrays: dict[str, np.ndarray], messa
         list_images(npz(tmp_path, **arrays))
 
 
-@pytest.mark.parametrize("other", ["caf\xe9 ", "cafe\u0301"])
+@pytest.mark.parametrize("other", ["caf\xe9 ", "cafe\u0301", "caf\u200b\xe9", "\ufeffcaf\xe9", "caf\xe9\ufe0f"])
 def test_two_classes_that_look_alike_are_refused(other: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"differ in blanks or in how accents are written .*xe9.*: rename one"):
+    with pytest.raises(
+        ValueError, match=r"differ in blanks, in characters .* or in how accents are written .*xe9.*: ren"
+    ):
         list_images(npz(tmp_path, labels=np.array(["caf\xe9", other] * 2)))
 
 
 def test_names_that_are_unusual_and_no_harm(tmp_path: Path) -> None:
     # A space that does not break, a family of emoji with joiners, and text from right to left.
-    names = ["caf\xe9\xa0noir", "\U0001f468‍\U0001f469", "عربي", "a"]
-    listing = list_images(npz(tmp_path, labels=np.array(names)))
-    assert listing.label_names == sorted(names)
+    names = ["caf\xe9\xa0noir", "\U0001f468‍\U0001f469", "عربي", "a", "A", "..", "CON", "a" * 255, "name.cls"]
+    names += ["\U0001f3f4" + "".join(chr(0xE0000 + ord(letter)) for letter in flag) for flag in ("gbeng", "gbsct")]
+    images = np.resize(IMAGES, (len(names), *SHAPE))
+    assert list_images(npz(tmp_path, images=images, labels=np.array(names))).label_names == sorted(names)
 
 
 def test_an_npz_with_too_many_arrays_or_one_twice(tmp_path: Path) -> None:

@@ -86,6 +86,16 @@ def test_superclasses(found: Evaluation, rows: Rows) -> None:
     assert np.dot(weights, coarse["class_top1"]) == pytest.approx(found.results["test"]["top1"])
 
 
+@pytest.mark.parametrize("known", [None, COARSE_OF.tolist()])
+def test_superclasses_of_a_class_that_no_row_is_of(model: Perceiver, rows: Rows, known: list[int] | None) -> None:
+    few = rows.take(np.flatnonzero(rows.labels != 4))
+    results = evaluate(model, few, few, SETTINGS, list("abcde"), ["x", "y", "z"], known).results
+    coarse = json.loads(json.dumps(results["superclasses"], allow_nan=False))
+    assert coarse["of_class"] == (known or [*COARSE_OF[:4], -1])
+    assert np.array(coarse["confusion"]).shape == (3, 3)
+    assert coarse["class_top1"][2] is coarse["per_superclass"][2] is None
+
+
 def test_rows_whose_pixels_stay_in_shards_are_evaluated_alike(
     model: Perceiver, rows: Rows, found: Evaluation, tmp_path: Path
 ) -> None:
