@@ -168,6 +168,8 @@ def _opened(file: BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
             with Image.open(cast(BinaryIO, _Counted(file)), formats=FORMATS) as image:
                 if _largest_area(image) > max_pixels:
                     raise Image.DecompressionBombError
+                if image.format == "WEBP" and image.width * image.height > (most := max_pixels * 3 // 4):
+                    raise ImageError(f"is a WebP, which takes more memory than others, and {_TOO_MANY.format(most)}")
                 _check_mode(image)
                 yield image
     except ImageError:

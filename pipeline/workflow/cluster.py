@@ -30,7 +30,7 @@ REMEDIES = (
     (("could not find any running",), "start one with `ray start --head`, or unset RAY_ADDRESS"),
     (("version mismatch",), "install the same versions of Ray and Python as the cluster has"),
     (("af_unix",), "set RAY_TMPDIR to a folder with a short path, such as /tmp"),
-    (("no space left",), "make room, or set RAY_TMPDIR to a folder with room"),
+    (("no space left",), "make room in HOME and in RAY_TMPDIR (/tmp if not set), or set them to folders with room"),
     (("home directory", "getpwuid", "uid not found"), "set HOME to a folder of this user"),
     (
         ("permission denied", "not a directory", "file exists", "read-only", "no such file"),
