@@ -2,6 +2,8 @@
 
 import atexit
 import contextlib
+import errno
+import io
 import os
 import sys
 import tempfile
@@ -34,9 +36,24 @@ def run_command(command: Callable[[], int]) -> int:
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
     """
+    _open_standard_streams()
     # What the parser of the command line, warnings and loggers print is masked too.
-    sys.stdout, sys.stderr = _Masked(sys.stdout), _Masked(sys.stderr)
+    output, sys.stderr = _Masked(sys.stdout), _Masked(sys.stderr)
+    sys.stdout = output
     try:
+        code = _code_of(command)
+    finally:  # the parser ends the process itself
+        output.flush()
+        sys.stderr.flush()
+    if output.lost and output.lost.errno != errno.EPIPE:  # whoever closes a pipe has read enough
+        say_error(f"error: the output cannot be written: {output.lost}")
+        return code or 1
+    return code
+
+
+def _code_of(command: Callable[[], int]) -> int:
+    try:
+        _check_process()
         _set_environment()
         return command()
     except ValueError as error:
@@ -52,6 +69,37 @@ def run_command(command: Callable[[], int]) -> int:
         return 1
 
 
+def _open_standard_streams() -> None:
+    """Opens those that the shell has closed, which the next file that is opened would become, be it a database."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # Python found it closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def _check_process() -> None:
+    """Checks what the process was given by the shell.
+
+    Raises:
+        ValueError: if names of files would not be those that others see, or the current folder is gone.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower() != "utf-8":
+        locale = next((os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "C")
+        raise ValueError(
+            f"the locale {locale} gives names of files the encoding {encoding}, in which other processes would read "
+            "other names: set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        )
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ValueError(f"the current folder is gone ({error}): change to another one") from error
+
+
 def end(code: int) -> NoReturn:
     """Ends the process though a thread may still wait for a server: Python would join the threads of its libraries."""
     if any(thread.name.startswith(MAY_HANG) for thread in threading.enumerate()):
@@ -64,14 +112,40 @@ def end(code: int) -> NoReturn:
 
 
 class _Masked:
-    """A stream that hides the passwords and keys in what is written to it."""
+    """A stream that hides the passwords and keys in what is written to it, and does not fail when nobody takes it.
+
+    A run of hours goes on although the terminal, the pipe or the disk of its output is gone.
+
+    Attributes:
+        lost: Why what was written is lost; None if it is not.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.lost: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters shows the others so
 
     def write(self, text: str) -> int:
-        self._stream.write(mask(text))
+        try:
+            self._stream.write(mask(text))
+        except OSError as error:
+            self._lose(error)
         return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = self.lost or error
+        with contextlib.suppress(OSError, ValueError):
+            # What waits in the stream is written once more when the process ends.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -9,6 +9,11 @@ signal n, and can be continued.
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this file's folder, and before what PYTHONPATH names: other programs have a `tune` or `pipeline` too.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipeline.command import end, run_command
 from pipeline.settings.command_line import parse

@@ -85,8 +85,11 @@ def list_images(path: str) -> Listing:
             f"{packed[0]} is a compressed tar, of which no part can be read without the rest: unpack it to a .tar"
         )
     if not usable:
+        left = "; ".join(f"{len(names):,}: {reason}" for reason, names in sorted(tree.left_out.items()))
         raise collected.fail(
-            f"holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet, tar or npz files: give another folder"
+            f"holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor Parquet, tar or npz files"
+            + f", but what is left out ({excerpt(left)})" * bool(left)
+            + ": give another folder"
         )
     kind, wanted, read = usable[0]
     chosen = [name for name in tree.files if suffix_of(name) in wanted]
