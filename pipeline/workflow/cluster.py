@@ -1,6 +1,7 @@
 """Joins the Ray cluster that is running or starts one on this machine; checks that all nodes see the same storage."""
 
 import contextlib
+import errno
 import os
 import re
 import socket
@@ -20,6 +21,8 @@ ANSWER_SECONDS = 5.0
 HTTP2_SETTINGS = b"\x04"
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
 LONGEST_REASON = 400
+LEAST_ROOM = 8 << 20
+"""Bytes in the temporary folder without which Ray cannot write its first logs."""
 # Remedies for errors of `ray.init`, by words in them, all in lower case.
 REMEDIES = (
     (
@@ -49,6 +52,8 @@ def join_or_start() -> bool:
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = address_to_join()
+    if not address:
+        _check_room()
     try:
         if address:
             ray.init(address=address, **options)
@@ -62,6 +67,25 @@ def join_or_start() -> bool:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what}: {reason[:LONGEST_REASON]} ({type(error).__name__}): {_remedy(error)}") from error
     return address is not None
+
+
+def _check_room() -> None:
+    """Checks that Ray's temporary folder has room; Ray would wait half a minute for a file and not say why.
+
+    Raises:
+        ValueError: if it has none. Whatever else is wrong with it Ray says.
+    """
+    place = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()))
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, LEAST_ROOM)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"Ray cannot be started on this machine: its temporary folder {place} has no room for {LEAST_ROOM:,} "
+                "bytes: make room there, or set RAY_TMPDIR to a folder with a short path that has"
+            ) from error
 
 
 def _hide_token(path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workflow import cluster
-from pipeline.workflow.cluster import HTTP2_PREFACE, address_to_join
+from pipeline.workflow.cluster import HTTP2_PREFACE, address_to_join, join_or_start
 
 ROOT = Path(__file__).parents[2]
 SETTINGS_FRAME = b"\0\0\0\x04\0\0\0\0\0"
@@ -103,3 +103,14 @@ def test_a_cluster_that_cannot_be_started_is_one_message(tmp_path: Path) -> None
     assert file.startswith(prefix)
     assert file.endswith("set RAY_TMPDIR to a folder that this user may write, and HOME to one of this user")
     assert time.monotonic() - start < 30
+
+
+def test_a_temporary_folder_without_room_is_said_at_once(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(small_disk / "ray"))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    start = time.monotonic()
+    with pytest.raises(
+        ValueError, match=rf"temporary folder {small_disk}/ray has no room for 8,388,608 bytes: make room"
+    ):
+        join_or_start()
+    assert time.monotonic() - start < 5, "Ray waits for half a minute"
