@@ -69,8 +69,8 @@ def test_an_output_of_few_characters_shows_the_others_in_ascii(tmp_path: Path) -
         for number in range(12):
             Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
     options = f"--data.source files --data.path {tmp_path}/images --train.global-batch-size 8"
-    for environment in ({"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}):
-        result = shell(f"{PLAN} {options}", PYTHONWARNINGS="error", PYTHONOPTIMIZE="2", **environment)
+    for name, value in (("LC_ALL", "C"), ("PYTHONIOENCODING", "ascii")):
+        result = shell(f"{name}={value} {PLAN} {options}", PYTHONWARNINGS="error", PYTHONOPTIMIZE="2")
         assert (result.returncode, result.stderr) == (0, "")
         assert "chse" in result.stdout
     assert "F\\xfcchse \\U0001f98a" in result.stdout

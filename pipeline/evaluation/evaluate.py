@@ -21,7 +21,9 @@ from pipeline.evaluation.calibration import fit_temperature, reliability
 from pipeline.evaluation.config import EvaluationConfig
 from pipeline.evaluation.corruptions import CORRUPTIONS, corrupt
 from pipeline.evaluation.metrics import (
+    Confusion,
     confused_pairs,
+    confusion_of,
     cross_entropy,
     different_classes,
     extreme_classes,
@@ -34,6 +36,8 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.predictions import Predictions
 
 BATCH_SIZE = 256
+MOST_IN_MATRIX = 2000
+"""Classes of which a whole confusion matrix is kept; of ten times as many it would take gigabytes."""
 WARM_UP_CALLS = 5
 EXTREME_CLASSES = 5
 """Number of the worst and of the best classes that are shown with images."""
@@ -116,15 +120,15 @@ def evaluate(
     validation_scores, test_scores = scores(validation_logits, validation.labels), scores(logits, test.labels)
     temperature = fit_temperature(validation_logits, validation.labels)
     probabilities = softmax(logits, temperature)
-    confusion = confusion_matrix(test.labels, logits.argmax(axis=1), labels=np.arange(len(label_names)))
+    confusion = confusion_of(test.labels, logits.argmax(axis=1), len(label_names))
     superclasses = _superclass_of_class(test, validation, len(label_names), coarse_of_class)
-    results = {
+    results: dict[str, Any] = {
         "label_names": label_names,
         "coarse_label_names": coarse_label_names,
         "test": test_scores,
         "validation": validation_scores,
         "per_class": recalls(confusion),
-        "confusion": confusion.tolist(),
+        "confusion": confusion.toarray().tolist() if len(label_names) <= MOST_IN_MATRIX else None,
         "superclasses": _superclasses(logits, test, superclasses, len(coarse_label_names or ())),
         "calibration": {
             "num_bins": config.calibration_bins,
@@ -226,9 +230,7 @@ def _robustness(apply: Apply, test: Rows | ShardedRows, logits: np.ndarray, conf
     }
 
 
-def _slices(
-    probabilities: np.ndarray, test: Rows | ShardedRows, confusion: np.ndarray, mistakes: int
-) -> dict[str, Any]:
+def _slices(probabilities: np.ndarray, test: Rows | ShardedRows, confusion: Confusion, mistakes: int) -> dict[str, Any]:
     """The classes, rows and confusions that the report shows."""
 
     def rows(positions: list[int]) -> list[dict[str, Any]]:

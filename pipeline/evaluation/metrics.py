@@ -5,9 +5,10 @@ constant logits can score better than chance, and its log loss clips probabiliti
 confident mistake.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import scipy.sparse
 import scipy.special
 
 
@@ -53,13 +54,21 @@ def scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
-def recalls(confusion: np.ndarray) -> list[float | None]:
-    """Share of hits among the rows of each class; None for a class without rows.
+Confusion: TypeAlias = np.ndarray | scipy.sparse.csr_array
+"""int (K, K), number of rows by label (first axis) and predicted class."""
 
-    Args:
-        confusion: int (K, K), number of rows by label (first axis) and predicted class.
-    """
-    return [float(row[k] / row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
+
+def confusion_of(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> scipy.sparse.csr_array:
+    """The confusion matrix, which holds no zeros: of 20,000 classes they would take gigabytes."""
+    ones, shape = np.ones(len(labels), np.int64), (num_classes, num_classes)
+    return scipy.sparse.coo_array((ones, (labels, predicted)), shape).tocsr()
+
+
+def recalls(confusion: Confusion) -> list[float | None]:
+    """Share of hits among the rows of each class; None for a class without rows."""
+    table = scipy.sparse.csr_array(confusion)
+    counts = zip(table.diagonal().tolist(), table.sum(axis=1).tolist(), strict=True)
+    return [hits / rows if rows else None for hits, rows in counts]
 
 
 def superclass_of_class(labels: np.ndarray, coarse_labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -75,23 +84,21 @@ def superclass_of_class(labels: np.ndarray, coarse_labels: np.ndarray, num_class
     return found
 
 
-def confused_pairs(confusion: np.ndarray, count: int) -> list[dict[str, int]]:
+def confused_pairs(confusion: Confusion, count: int) -> list[dict[str, int]]:
     """The `count` most frequent mistakes, the most frequent first: `{label, predicted, rows}`."""
-    mistakes = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:count]
-    pairs = zip(*np.unravel_index(order, mistakes.shape), strict=True)
-    return [
-        {"label": int(label), "predicted": int(predicted), "rows": int(mistakes[label, predicted])}
-        for label, predicted in pairs
-        if mistakes[label, predicted]
-    ]
+    table = scipy.sparse.csr_array(confusion).tocoo()
+    wrong = (table.row != table.col) & (table.data > 0)
+    label, predicted, rows = table.row[wrong], table.col[wrong], table.data[wrong]
+    order = np.lexsort((predicted, label, -rows))[:count]
+    return [{"label": int(label[i]), "predicted": int(predicted[i]), "rows": int(rows[i])} for i in order]
 
 
-def extreme_classes(confusion: np.ndarray, count: int, *, worst: bool) -> list[dict[str, Any]]:
+def extreme_classes(confusion: Confusion, count: int, *, worst: bool) -> list[dict[str, Any]]:
     """The `count` classes with the lowest, or the highest, recall among those with rows: `{label, accuracy, rows}`."""
     known = [(recall, label) for label, recall in enumerate(recalls(confusion)) if recall is not None]
     known.sort(key=lambda pair: (pair[0] if worst else -pair[0], pair[1]))
-    return [{"label": label, "accuracy": value, "rows": int(confusion[label].sum())} for value, label in known[:count]]
+    rows = scipy.sparse.csr_array(confusion).sum(axis=1)
+    return [{"label": label, "accuracy": value, "rows": int(rows[label])} for value, label in known[:count]]
 
 
 def most_confident(

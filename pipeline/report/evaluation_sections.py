@@ -39,16 +39,20 @@ def evaluation_values(results: Results, pictures: Pictures) -> dict[str, Any]:
 
 
 def _confusion(results: Results, names: Sequence[str]) -> dict[str, Any]:
-    matrix, superclasses = np.array(results["confusion"]), results["superclasses"]
+    superclasses = results["superclasses"]
     pairs = results["slices"]["confused_pairs"][:MOST_PAIRS]
     values: dict[str, Any] = {
         "confused_pairs": [[names[pair["label"]], names[pair["predicted"]], pair["rows"]] for pair in pairs],
         "superclass_bars": [],
         "superclass_matrix": "",
+        "class_matrix_uri": "",
     }
     if superclasses:
         superclass_names = [_readable(name) for name in results["coarse_label_names"]]
         values["superclass_bars"] = _sorted_bars(superclass_names, superclasses["per_superclass"])
+    if results["confusion"] is None:  # there are too many classes
+        return values
+    matrix = np.array(results["confusion"])
     if len(names) <= MOST_NAMED:
         return values | {"class_matrix": matrix_chart(matrix, names)}
     if superclasses:

@@ -85,6 +85,24 @@ def test_confused_pairs_are_the_most_frequent_mistakes() -> None:
     assert len(metrics.confused_pairs(confusion, 9)) == 3, "what never happened is no mistake"
 
 
+def test_a_confusion_matrix_of_very_many_classes_takes_little_memory() -> None:
+    classes = 100_000  # 80 GB with zeros
+    labels = np.repeat(np.arange(classes), 2)
+    predicted = labels.copy()
+    predicted[[0, 1, 5, 199_999]] = [7, 7, 3, 0]
+    confusion = metrics.confusion_of(labels, predicted, classes)
+    assert metrics.confused_pairs(confusion, 2) == [
+        {"label": 0, "predicted": 7, "rows": 2},
+        {"label": 2, "predicted": 3, "rows": 1},
+    ]
+    assert metrics.recalls(confusion)[:3] == [0.0, 1.0, 0.5]
+    assert metrics.extreme_classes(confusion, 1, worst=True) == [{"label": 0, "accuracy": 0.0, "rows": 2}]
+    few = labels < 3
+    dense = confusion_matrix(labels[few], predicted[few], labels=range(8))
+    np.testing.assert_array_equal(metrics.confusion_of(labels[few], predicted[few], 8).toarray(), dense)
+    assert metrics.recalls(metrics.confusion_of(labels[few], predicted[few], 8)) == metrics.recalls(dense)
+
+
 def test_calibration_error_by_hand() -> None:
     # Bins of a fifth: 0.55 alone and wrong; 0.6 on an edge, so below it, and right; 0.9 and 1.0, one of them right.
     sure = np.array([0.55, 0.6, 0.9, 1.0])

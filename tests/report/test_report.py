@@ -202,6 +202,10 @@ def test_sections_without_content_are_left_out() -> None:
     assert "Balanced accuracy" not in html
     left_out = {"Search", "Robustness", "Where the model looks"}
     assert Outline(html).headings == [name for name in SECTIONS if name not in left_out]
+    without_matrix = render(report_inputs(results=dict(report_inputs().results) | {"confusion": None}))
+    assert "confusion of all classes" in render(report_inputs())
+    assert "confusion of all classes" not in without_matrix, "there are too many classes"
+    assert "Most frequent mistakes" in without_matrix
 
 
 def test_a_search_whose_best_trial_belongs_to_an_earlier_search() -> None:
