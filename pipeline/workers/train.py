@@ -35,7 +35,7 @@ from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError, g
 from pipeline.workflow.channel import Channel
 from pipeline.workflow.task import StoppedEarly
 
-CORRUPT_FILE = "corrupt_shard.json"
+FAILURE_FILE = "failure.json"
 # How often a worker group that cannot start (no room, a broken environment) is tried.
 MAX_START_FAILURES = 3
 # Interval at which Ray's controller asks the workers: a death, a report and the end are noticed that much later.
@@ -86,9 +86,9 @@ def train(
         os.environ.setdefault(ray_internals.START_SECONDS_VARIABLE, str(ELASTIC_START_SECONDS))
         start_failures += config.max_failures
     store = CheckpointStore(storage, f"{state}/checkpoints", config.checkpoints_kept)
-    streamed, corrupt = streamed_splits(manifest, config), f"{state}/{CORRUPT_FILE}"
+    streamed, failed = streamed_splits(manifest, config), f"{state}/{FAILURE_FILE}"
     check_streams(manifest, streamed, storage, config)
-    storage.delete(corrupt)
+    storage.delete(failed)
     trainer = DataParallelTrainer(
         train_loop_per_worker=train_loop_per_worker,
         train_loop_config={
@@ -101,7 +101,7 @@ def train(
             "manifest": manifest,
             "streamed": streamed,
             "storage": storage,
-            "corrupt": corrupt,
+            "failed": failed,
         },
         backend_config=TensorFlowConfig(channel, config.use_gpu, config.precision),
         scaling_config=ray.train.ScalingConfig(
@@ -132,9 +132,9 @@ def train(
     try:
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
-        if storage.exists(corrupt):
-            raise CorruptShardError(*storage.read_json(corrupt)) from error
-        raise TrainingError(_why(error, config)) from error
+        if not storage.exists(failed):
+            raise TrainingError(_why(error, config)) from error
+        outcome = storage.read_json(failed)
     if "corrupt" in outcome:
         raise CorruptShardError(*outcome["corrupt"])
     if "error" in outcome:
@@ -162,7 +162,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Args:
         settings: `model` and `train` (plain dicts), `channel`, `store`, `initial_model` (storage and path, or None),
             `class_counts` of the training rows, `manifest` of the data and their `storage`, the splits that are
-            `streamed` and the storage path `corrupt`, where a worker names a shard that is not what the manifest says.
+            `streamed` and the storage path `failed`, where a worker says why another try would fail too.
 
     Returns:
         `num_workers` that trained, `gpus_per_worker`, the `device` of this one and the name of the last `checkpoint`;
@@ -202,10 +202,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         # Rank 0 looks for the newest one, so that all workers continue from the same.
-        found = (store.restore_newest(checkpoint), _named_corrupt(settings)) if rank == 0 else None
-        newest, corrupt = broadcast_from_rank_zero(found)
-        if corrupt:
-            return {"corrupt": corrupt}
+        found = (store.restore_newest(checkpoint), _said_by_earlier_workers(settings)) if rank == 0 else None
+        newest, said = broadcast_from_rank_zero(found)
+        if said:
+            return said
         if rank >= num_workers:
             _stand_by()
             return {}
@@ -239,14 +239,15 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             preempted = is_preempted()
         except TrainingError as failure:
             error = str(failure)  # raising would start the workers again, only to fail again
-        except OutOfMemoryError as failure:
+        except OutOfMemoryError as exhausted:
+            error = str(exhausted)
             if num_workers > 1:
-                raise  # the others wait for this worker
-            error = str(failure)
+                # The others wait for this worker, so it has to raise. Those that are started again find it said.
+                settings["storage"].write_json(settings["failed"], {"error": error})
+                raise
         except CorruptFileError as failure:
-            # The others wait for this worker, so it has to raise. Those that are started again find it named.
             named = [failure.path, failure.expected, failure.found]
-            settings["storage"].write_json(settings["corrupt"], named)
+            settings["storage"].write_json(settings["failed"], {"corrupt": named})
             raise
     if some_stand_by:
         broadcast_from_rank_zero(False)
@@ -256,9 +257,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return {"error": error} if error else used | {"checkpoint": newest}
 
 
-def _named_corrupt(settings: dict[str, Any]) -> list[str | None] | None:
-    """What a worker of an earlier group wrote of a shard that is not what the manifest says."""
-    storage, path = settings["storage"], settings["corrupt"]
+def _said_by_earlier_workers(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Why another try would fail too: what `train_loop_per_worker` returns then."""
+    storage, path = settings["storage"], settings["failed"]
     return storage.read_json(path) if storage.exists(path) else None
 
 

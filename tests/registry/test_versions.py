@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def register_shapes(
     digest: str = "d" * 64,
     error: float = 0.02,
     latency: float = 5,
+    label_names: Sequence[str] = ("circle", "square"),
 ) -> dict[str, str]:
     """Registers a model that classifies the first `hits` of 1,000 rows correctly."""
     return register(
@@ -69,11 +70,22 @@ def register_shapes(
         run_id=tracker.find_or_create_run("register", f"{name}/{identity}"),
         export=export,
         evidence=Evidence(digest, np.arange(ROWS), np.arange(ROWS) < hits, error, latency),
-        label_names=["circle", "square"],
+        label_names=label_names,
         promotion=LIMITS,
         tags={"dataset.sha256": "a" * 64},
         description="Shapes.",
     )
+
+
+def test_names_of_classes_that_no_tag_can_hold(tracker: Tracker, name: str) -> None:
+    for identity, names in (
+        ("few", ["F\xfcchse", "\U0001f98a"]),
+        ("many", [f"class {n} \U0001f98a" for n in range(9000)]),
+    ):
+        version = register_shapes(tracker, name, identity, label_names=names)["version"]
+        tag = tracker.client.get_model_version(name, version).tags["label_names"]
+        expected = json.dumps(names, ensure_ascii=False)
+        assert tag == (expected if identity == "few" else "9000 names, which the metadata of the model have")
 
 
 def champion(tracker: Tracker, name: str) -> int:
