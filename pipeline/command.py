@@ -30,9 +30,27 @@ ENVIRONMENT = {
 }
 
 
+_RIGHTS = "give this user the right to it, or another path"
+_ROOM = "make room there, and give the command again"
+_AWAY = "mount it again, and give the command again"
+REMEDIES = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EIO: "look at the disk, of which the system log says more",
+    errno.ESTALE: _AWAY,
+    errno.ENOTCONN: _AWAY,
+    errno.EMFILE: "allow more open files (`ulimit -n 4096`)",
+    errno.ENFILE: "allow more open files on this machine",
+}
+"""What a person can do about errors of the operating system, which name the file, by their numbers."""
+
+
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError, 1 after a DeviceError, 130
-    after Ctrl-C.
+    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError, 1 after a DeviceError or an error
+    of the operating system that `REMEDIES` knows, 130 after Ctrl-C.
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
     """
@@ -64,6 +82,10 @@ def _code_of(command: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        known = REMEDIES.get(error.errno or 0)
+        say_error(f"error: {error}: {known}" if known else traceback.format_exc())
+        return 1
     except Exception:
         say_error(traceback.format_exc())
         return 1

@@ -79,6 +79,8 @@ def check_path(path: str, option: str, tree: bool = False) -> None:
             f"{option} = {path!r} has not answered within {CONTACT_SECONDS:g} s: {where} hangs, perhaps a network "
             "folder whose server is gone (`mount` lists them): mount it again, or give another path"
         ) from None
+    except OSError:
+        return  # no process can be started: what follows says why, or does without
 
 
 def check_store(uri: str, option: str) -> str | None:

@@ -152,6 +152,8 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                         if f".{suffix.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES:
                             dotted.setdefault(key, member.name)
                         tree.leave_out(f"member of a tar (.{suffix})", f"{file}:{member.name}")
+        except PermissionError as error:
+            raise collected.fail(f"{file} cannot be read: {error}") from error
         # Of nested headers and of numbers that are none.
         except (tarfile.TarError, OSError, RecursionError, OverflowError) as error:
             raise collected.fail(f"{file} is no whole tar: {excerpt(error)}; write it again") from error

@@ -219,13 +219,15 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
     listed: set[str] = set()
     for table in tables:
         folder = str(PurePosixPath(table).parent)
-        text = io.StringIO(collected.text(tree.root.read_bytes(table), table), newline="")
         try:
+            text = io.StringIO(collected.text(tree.root.read_bytes(table), table), newline="")
             reader = csv.DictReader(text)
             columns = list(reader.fieldnames or ())
             rows = [(reader.line_num, row) for row in reader]  # a field may have several lines
         except csv.Error as error:  # a field without an end, or a byte that is no text
             raise collected.fail(f"{table} is no table: {error}: write it again") from error
+        except OSError as error:
+            raise collected.fail(f"{table} cannot be read: {error}") from error
         if missing := {"file_name", "label"} - set(columns):
             raise collected.fail(
                 f"{table} has no column {sorted(missing)[0]}, but {excerpt(columns)}: it must have file_name and "

@@ -39,7 +39,8 @@ class NpzImages:
 
     def __init__(self, root: Storage, file: str) -> None:
         self._name = root.absolute(file)
-        self._source = root.filesystem.open_input_file(root.fs_path(file))
+        with self._errors():
+            self._source = root.filesystem.open_input_file(root.fs_path(file))
         self._stream: zipfile.ZipExtFile | None = None
         self._row = 0
         try:
