@@ -59,6 +59,9 @@ def ingest_files(
     duplicates = count_duplicates(keys)
     for pair, count in duplicates.items():
         say(f"warning: {count:,} images are the same in {pair}")
+    if left_out := listing.tree.left_out:
+        reasons = "; ".join(f"{len(names):,}: {reason}" for reason, names in sorted(left_out.items()))
+        say(f"{sum(map(len, left_out.values())):,} files left out (--dry-run names some): {reasons}")
     if failures:
         say(f"warning: {len(failures):,} of {total:,} images are left out, since they cannot be decoded")
     return {

@@ -127,13 +127,19 @@ def test_files_that_prove_corrupt_when_they_are_decoded(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="no image of validation can be used"):
         load_files(found(tmp_path / "images", max_corrupt=11))
     shutil.rmtree(tmp_path / "images" / "val")
+    (tmp_path / "images" / "outside.png").write_bytes(b"")
+    (tmp_path / "images" / "train" / "cat" / "notes.txt").write_text("of the photographer")
     config, said = found(tmp_path / "images", max_corrupt=2), list[str]()
     manifest = ingest(config, storage, "ingested", said.append)
     assert [name for name, _ in manifest["corrupt"]] == ["train/cat/train03.png", "train/newt/train13.png"]
     rows = ingested_rows(manifest, "train", storage)
     assert rows.row_ids.tolist() == list(range(40))
     assert rows_digest(rows) == rows_digest(load_files(config).train)
-    assert said == ["warning: 2 of 51 images are left out, since they cannot be decoded"]
+    assert said == [
+        "2 files left out (--dry-run names some): 1: file of another kind (.txt); "
+        "1: image outside of the folders of classes",
+        "warning: 2 of 51 images are left out, since they cannot be decoded",
+    ]
 
 
 @pytest.mark.usefixtures("ray_cluster")
