@@ -107,7 +107,8 @@ def _check_process() -> None:
     """Checks what the process was given by the shell.
 
     Raises:
-        ValueError: if names of files would not be those that others see, or the current folder is gone.
+        ValueError: if names of files would not be those that others see, the current folder is gone, or a folder for
+            temporary files does not answer.
     """
     encoding = sys.getfilesystemencoding()
     if encoding.lower() != "utf-8":
@@ -120,6 +121,9 @@ def _check_process() -> None:
         os.getcwd()
     except OSError as error:
         raise ValueError(f"the current folder is gone ({error}): change to another one") from error
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        if folder := os.environ.get(name):
+            check_path(folder, name)
 
 
 def end(code: int) -> NoReturn:

@@ -18,6 +18,8 @@ from pipeline.registry.fetch import resolve
 from pipeline.settings.command_line import parse
 from pipeline.storage import open_storage
 from pipeline.tracking.server import check_server, has_database
+from pipeline.training.config import TrainingConfig
+from pipeline.workers.streaming import check_streams
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +39,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_option_that_names_a_path_is_asked_first(dead: Path) -> None:
     local = "--data.source", "files", "--data.path", str(ROOT / "docs")
     sha256 = "--data.sha256", "0" * 64
+    cached = TrainingConfig(cache=f"{dead}/cache")
     asked = {
         "storage": lambda: open_storage(f"{dead}/runs"),
         "output": lambda: open_storage(f"file://{dead}/results", "output"),
@@ -45,6 +48,7 @@ def test_every_option_that_names_a_path_is_asked_first(dead: Path) -> None:
         "data.archive": lambda: parse(["cifar100", "--data.archive", f"{dead}/a.tar.gz", *sha256]),
         "summary-json": lambda: parse(["quickstart", "--summary-json", f"{dead}/summary.json"]),
         "tracking.uri": lambda: check_server(f"sqlite:///{dead}/mlflow.db"),
+        "train.cache": lambda: check_streams({"image_shape": (8, 8, 1)}, ["train"], open_storage("."), cached),
     }
     for option, call in asked.items():
         with pytest.raises(ValueError, match=rf"^{option} = '{dead}.*has not answered within 0.6 s: .* hangs, .*mount"):
@@ -81,15 +85,18 @@ def test_the_command_ends_although_the_kernel_keeps_the_process_that_asked(dead:
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_home_that_hangs_is_named(dead: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(("name", "below"), [("HOME", "/.ray/auth_token"), ("TMPDIR", ""), ("RAY_TMPDIR", "")])
+def test_a_folder_of_the_environment_that_hangs_is_named(
+    name: str, below: str, dead: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from pipeline.command import run_command
 
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    monkeypatch.setenv("HOME", str(dead))
+    monkeypatch.setenv(name, str(dead))
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     assert run_command(lambda: pytest.fail("it goes on")) == 2
-    assert f"error: HOME = '{dead}/.ray/auth_token' has not answered" in capsys.readouterr().err
+    assert f"error: {name} = '{dead}{below}' has not answered" in capsys.readouterr().err
 
 
 def test_a_command_ends_while_a_thread_waits_for_a_server() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.contact import check_path
 from pipeline.data.order import MIB, fits_window
 from pipeline.data.ray_rows import CorruptShardError
 from pipeline.data.shard_cache import GB, ShardCache
@@ -42,9 +43,12 @@ def check_streams(manifest: dict[str, Any], splits: Sequence[str], storage: Stor
 
     Raises:
         CorruptShardError: if a shard is missing.
-        ValueError: if the window or the cache is too small for the shards; names the size that would do.
+        ValueError: if the window or the cache is too small for the shards, which names the size that would do, or the
+            folder of the cache does not answer.
     """
     height, width, channels = manifest["image_shape"]
+    if splits and config.cache is not None:
+        check_path(config.cache, "train.cache")  # on this host; those of the workers are asked when they train
     for split in splits:
         rows, shards = streamed_rows(manifest, split, storage, config), manifest["splits"][split]["shards"]
         if split == "train":
