@@ -52,7 +52,7 @@ class SearchConfig:
     early_stopping: bool = True
     """Whether ASHA stops trials that fall behind the others."""
     grace_epochs: int = 1
-    """Epochs before ASHA may stop a trial."""
+    """Epochs before ASHA may stop a trial; it never does in the warm-up of the learning rate."""
     reduction_factor: int = 3
     """ASHA continues about one in this many trials at each rung."""
     num_latents: tuple[int, ...] = (16, 32, 64)

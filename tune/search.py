@@ -5,6 +5,7 @@ off continues from the trials in its journal (`tune.journal`); Tune's own snapsh
 """
 
 import hashlib
+import math
 import os
 import time
 import uuid
@@ -42,6 +43,7 @@ def search(
     name: str | None = None,
     use_gpu: bool = False,
     preset: Mapping[str, Any] | None = None,
+    warmup_epochs: float = 0.0,
     watch: Watch = lambda trial, seconds_left, new_epoch: None,
 ) -> dict[str, Any]:
     """Runs `settings.num_trials` trials. Called again with the same journal, a search that was cut off continues.
@@ -53,6 +55,7 @@ def search(
         name: what tells this search from all others on the cluster, also when it is called again; None: `storage_path`.
         use_gpu: whether each worker of a trial has a GPU.
         preset: known good values of the dimensions, which are tried first.
+        warmup_epochs: epochs over which a trial raises its learning rate; no trial is stopped in them.
         watch: called for every trial when it starts, after each new epoch, and when it ends.
 
     Returns:
@@ -76,7 +79,8 @@ def search(
     earlier = journal.earlier(space) if settings.use_earlier_trials else []
     queue = TrialQueue(space, settings, journal, earlier, preset, concurrent, watch)
     if queue.num_left:
-        _run(train_trial, settings, queue, journal, storage_path, name or storage_path, use_gpu)
+        asha = scheduler(settings, [*earlier, *queue.ended], warmup_epochs)
+        _run(train_trial, settings, queue, journal, storage_path, name or storage_path, use_gpu, asha)
     best = best_of([*queue.trials, *earlier], settings)
     if best is None:
         errors = [trial.error for trial in queue.trials if trial.error]
@@ -153,8 +157,12 @@ class TrialQueue:
         self._watch(trial, seconds_left(self.trials, self.settings.num_trials, self.concurrent), new_epoch)
 
 
-def scheduler(settings: SearchConfig, ended: Sequence[Trial] = ()) -> TrialScheduler:
-    """ASHA over the epochs, with the results of the trials in `ended`; FIFO if early stopping is off."""
+def scheduler(settings: SearchConfig, ended: Sequence[Trial] = (), warmup_epochs: float = 0.0) -> TrialScheduler:
+    """ASHA over the epochs, with the results of the trials in `ended`; FIFO if early stopping is off.
+
+    A trial whose learning rate still rises has not shown what it is worth, and one with a low rate looks worse than it
+    is: the first rung is at the end of the first epoch that ends after the warm-up, or later.
+    """
     if not settings.early_stopping:
         return FIFOScheduler()
     # Replays the ended trials through Tune's own interface. ASHA uses a trial's id only, and no Tune controller.
@@ -163,7 +171,7 @@ def scheduler(settings: SearchConfig, ended: Sequence[Trial] = ()) -> TrialSched
         metric=SCORE,
         mode="max",
         max_t=settings.epochs,
-        grace_period=settings.grace_epochs,
+        grace_period=min(settings.epochs, max(settings.grace_epochs, math.floor(warmup_epochs) + 1)),
         reduction_factor=settings.reduction_factor,
     )
     for number, trial in enumerate(ended):  # the name alone is not unique across searches
@@ -222,6 +230,7 @@ def _run(
     storage_path: str,
     name: str,
     use_gpu: bool,
+    asha: TrialScheduler,
 ) -> None:
     """Runs the remaining trials."""
     # Ray writes the names of placement groups to its logs, where a URI with a login has no place.
@@ -240,7 +249,7 @@ def _run(
         tune_config=ray.tune.TuneConfig(
             num_samples=queue.num_left,
             search_alg=_Proposer(queue, journal),
-            scheduler=scheduler(settings, [*queue.earlier, *queue.ended]),
+            scheduler=asha,
             reuse_actors=True,
         ),
         run_config=ray.tune.RunConfig(

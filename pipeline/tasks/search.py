@@ -73,6 +73,7 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
             name=path,
             use_gpu=train.use_gpu,
             preset=asdict(context.config.model) | asdict(context.config.train),
+            warmup_epochs=train.warmup_epochs if train.learning_rate_schedule == "cosine" else 0.0,
             watch=watch,
         )
     for left in (f"{context.state}/checkpoints", f"{context.state}/ray"):

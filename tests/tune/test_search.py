@@ -8,16 +8,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.tune.schedulers import TrialScheduler
 
 from perceiver.config import PerceiverConfig
 from pipeline.storage import Storage
 from tune.config import SearchConfig
-from tune.journal import Journal
-from tune.search import search
+from tune.journal import SCORE, Journal
+from tune.search import scheduler, search
 from tune.space import Sample, Space
 from tune.trial_process import Report
 
@@ -194,3 +196,26 @@ def test_earlier_trials_are_used(tmp_path: Path) -> None:
     assert len(found["trials"]) == len(executed(tmp_path / "second")) == 2
     config = settings(num_trials=1, learning_rate=(2e-3, 1e-1), use_earlier_trials=False)
     assert run(trainings[2], config, Journal(store, "alone", ["first"]))["earlier"] == 0
+
+
+@pytest.mark.parametrize(
+    ("warmup_epochs", "grace_epochs", "stopped_after"), [(0.0, 1, 1), (0.5, 1, 1), (1.0, 1, 2), (2.5, 1, 3), (1.0, 3, 3)]
+)
+def test_no_trial_is_stopped_in_the_warm_up(warmup_epochs: float, grace_epochs: int, stopped_after: int) -> None:
+    asha: Any = scheduler(settings(epochs=9, grace_epochs=grace_epochs), warmup_epochs=warmup_epochs)
+    trials = [SimpleNamespace(trial_id=str(number)) for number in range(3)]
+    for trial in trials:
+        asha.on_trial_add(None, trial)
+    decisions: dict[str, list[str]] = {}
+    for value, trial in zip((0.9, 0.8, 0.1), trials, strict=True):
+        results = [{"epoch": epoch, SCORE: value} for epoch in range(1, 4)]
+        decisions[trial.trial_id] = [asha.on_trial_result(None, trial, result) for result in results]
+    assert decisions["0"] == [TrialScheduler.CONTINUE] * 3, "nothing to compare it with"
+    assert decisions["2"][: stopped_after - 1] == [TrialScheduler.CONTINUE] * (stopped_after - 1)
+    assert decisions["2"][stopped_after - 1] == TrialScheduler.STOP
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_search_whose_trials_are_all_warm_up_stops_none(tmp_path: Path) -> None:
+    found = run(ToyTraining(tmp_path), settings(num_trials=4), warmup_epochs=5.0)
+    assert {trial["status"] for trial in found["trials"]} == {"finished"}
