@@ -18,6 +18,11 @@ class StopSignal:
     def request(self) -> None:
         self.requested.assign(1.0)
 
+    def reset(self) -> None:
+        """Forgets all requests, for the next training of a single worker."""
+        self.requested.assign(0.0)
+        self.sum_over_workers.assign(0.0)
+
     @property
     def agreed(self) -> bool:
         """Whether the last step found a request on any worker; all workers get the same answer."""

@@ -1,5 +1,6 @@
 """Trains one trial of the search, by the same code that trains the final model."""
 
+import functools
 import gc
 import json
 import tempfile
@@ -7,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,6 +22,9 @@ from pipeline.workers.in_process import train_in_process
 from pipeline.workflow.channel import Channel
 from tune.space import Sample, to_model, training_values
 from tune.trial_process import Report, TrialStopped
+
+if TYPE_CHECKING:
+    from pipeline.training.kept_models import KeptModels
 
 POLL_SECONDS = 0.2
 # A trial that is cut off loses at most this much of its training, and an epoch.
@@ -77,7 +81,8 @@ class TrialTraining:
     ) -> None:
         import keras
 
-        # Frees graphs of the trial before and the arrays in cycles with them; imported modules are scanned only once.
+        kept = _kept_models()
+        # Frees graphs of trials before and the arrays in cycles with them; imported modules are scanned only once.
         keras.utils.clear_session(free_memory=False)
         gc.collect()
         if not gc.get_freeze_count():
@@ -93,7 +98,8 @@ class TrialTraining:
 
         rows, held_out = ray.get(self.data)
         worker = Worker(report=commit_and_report, resume_from=resume_from, keep_model=False)
-        train_in_process(model, train, rows, held_out, worker, self.manifest["splits"]["train"]["class_counts"])
+        counts = self.manifest["splits"]["train"]["class_counts"]
+        train_in_process(model, train, rows, held_out, worker, counts, kept)
 
     def _on_workers(self, model: PerceiverConfig, train: TrainingConfig, state: str, report: Report) -> None:
         """Ray Train in a thread, since this one waits for what is decided about the trial after each epoch."""
@@ -118,3 +124,11 @@ class TrialTraining:
                 raise
             for metrics in training.result()["history"][reported:]:  # the end, which came between two looks
                 report(metrics)
+
+
+@functools.cache
+def _kept_models() -> "KeptModels":
+    """The models that this process keeps from trial to trial."""
+    from pipeline.training.kept_models import KeptModels
+
+    return KeptModels()

@@ -59,7 +59,9 @@ def save(directory: Path, model: keras.Model, state: TrainingState) -> None:
 
 
 def _write(directory: Path, model: keras.Model, state: TrainingState) -> None:
-    groups = {name: [np.array(variable) for variable in variables] for name, variables in _variables(model).items()}
+    groups = {
+        name: [np.array(variable) for variable in variables] for name, variables in variables_by_kind(model).items()
+    }
     groups |= {"best": state.best_weights, "metric": state.metrics}
     arrays = {f"{name}_{i}": value for name, values in groups.items() for i, value in enumerate(values)}
     np.savez(directory / ARRAYS_FILE, **arrays)  # type: ignore[arg-type]
@@ -82,7 +84,7 @@ def load(directory: Path, model: keras.Model) -> TrainingState:
             return [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in arrays))]
 
         state.best_weights, state.metrics = group("best"), group("metric")
-        for name, variables in _variables(model).items():
+        for name, variables in variables_by_kind(model).items():
             values = group(name)
             expected, found = [tuple(v.shape) for v in variables], [value.shape for value in values]
             if expected != found:
@@ -110,7 +112,7 @@ def _metric_variables(model: keras.Model) -> list[keras.Variable]:
     return [variable for metric in model.metrics for variable in metric.variables]
 
 
-def _variables(model: keras.Model) -> dict[str, list[keras.Variable]]:
+def variables_by_kind(model: keras.Model) -> dict[str, list[keras.Variable]]:
     """All variables that training changes, by kind."""
     weights = {id(variable) for variable in model.weights}
     return {

@@ -48,6 +48,8 @@ class TrainingConfig:
     """Give every worker a GPU (NCCL instead of ring all-reduce); not measured on the authors' machines."""
     max_failures: int = field(default=3, metadata=EXECUTION)
     """How often workers that died are started again from the last checkpoint before the run fails."""
+    reserve: bool = field(default=True, metadata=EXECUTION)
+    """Keep a process for each worker ready that has imported TensorFlow, where memory allows (docs/survival.md)."""
     checkpoint_every_steps: int = field(default=0, metadata=EXECUTION)
     """Steps between checkpoints within an epoch; 0: only at its end."""
     checkpoints_kept: int = field(default=2, metadata=EXECUTION)
@@ -157,6 +159,11 @@ class TrainingConfig:
     @property
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def has_reserve(self) -> bool:
+        """Whether processes in reserve are of use: workers may be started again, and compute on CPUs."""
+        return self.reserve and self.max_failures > 0 and not self.use_gpu
 
     def usable_workers(self, available: int) -> int:
         """The most of `available` workers that divide the global batch equally."""

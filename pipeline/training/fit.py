@@ -3,6 +3,7 @@
 It does not depend on Ray. A `Worker` says how it reports, from which checkpoint it continues and how it is stopped.
 """
 
+import contextlib
 import math
 import tempfile
 import warnings
@@ -27,9 +28,11 @@ from pipeline.training.batches import steps_per_epoch
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
 from pipeline.training.input_pipeline import training_dataset, validation_dataset
+from pipeline.training.kept_models import Compiled, KeptModels
 from pipeline.training.optimization import (
     PLATEAU_FACTOR,
     Accuracy,
+    Rates,
     SmoothedCrossEntropy,
     TopKAccuracy,
     balanced_weights,
@@ -51,6 +54,7 @@ def fit(
     validation: Rows | StreamedRows,
     worker: Worker,
     class_counts: Sequence[int] | None = None,
+    kept: KeptModels | None = None,
 ) -> None:
     """Trains to the end and passes the results to `worker.report`. If the checkpoint is final, it reports nothing.
 
@@ -67,6 +71,7 @@ def fit(
         validation: All validation rows; this worker takes its share of every batch.
         worker: Rank, reports, and the checkpoint from which the training continues.
         class_counts: Number of training rows of each class; needed by `config.class_weights` alone.
+        kept: Models of earlier trainings in this process, of which one is used again; for a single worker.
 
     Raises:
         Interrupted: after a stop was requested and a checkpoint was reported.
@@ -79,20 +84,62 @@ def fit(
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
     strategy = _strategy(config, worker)
-    stop = multiworker.StopSignal()  # after the strategy, which must come before all of TensorFlow's operations
+    # After the strategy, which must come before all of TensorFlow's operations.
+    stop = kept.stop if kept else multiworker.StopSignal()
     if config.use_gpu:
         multiply_on_gpu("train.use_gpu")
     worker.on_stop(stop.request)
     steps = steps_per_epoch(len(train), config.global_batch_size)
+
+    def build() -> Compiled:
+        return _compiled(model_config, config, worker, class_counts, steps, strategy, stop, adjustable=kept is not None)
+
+    lent = kept.lend(model_config, config, class_counts, steps, build) if kept else contextlib.nullcontext(build())
+    with lent as compiled:
+        _train(compiled, model_config, config, train, validation, worker, strategy, stop, steps)
+
+
+def _compiled(
+    model_config: PerceiverConfig,
+    config: TrainingConfig,
+    worker: Worker,
+    class_counts: Sequence[int] | None,
+    steps: int,
+    strategy: tf.distribute.Strategy,
+    stop: multiworker.StopSignal,
+    adjustable: bool,
+) -> Compiled:
+    rates = Rates(config) if adjustable else None
     with strategy.scope():
         model = Perceiver(**asdict(model_config))
         model.build((None, *model_config.image_shape))
         model.compile(
-            optimizer=optimizer(config, model, steps),
+            optimizer=optimizer(config, model, steps, rates),
             loss=SmoothedCrossEntropy(config.label_smoothing, _class_weights(config, class_counts)),
             metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
             jit_compile=config.jit_compile,
         )
+    peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
+    clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
+    # TensorFlow refuses to look at the clock in a step that has to be deterministic.
+    note = None if config.deterministic else clock.note
+    multiworker.enable(model, stop, note, gradient_dtype=config.gradient_dtype)
+    return Compiled(model, rates, clock)
+
+
+def _train(
+    compiled: Compiled,
+    model_config: PerceiverConfig,
+    config: TrainingConfig,
+    train: RowSource,
+    validation: Rows | StreamedRows,
+    worker: Worker,
+    strategy: tf.distribute.Strategy,
+    stop: multiworker.StopSignal,
+    steps: int,
+) -> None:
+    model, clock = compiled.model, compiled.clock
+    with strategy.scope():
         if worker.initial_model and not worker.resume_from:
             _set_initial_weights(model, model_config, worker.initial_model, config)
         order = [config.seed, config.global_batch_size, len(train)]
@@ -104,12 +151,6 @@ def fit(
         )
     if progress.finished:
         return
-    peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
-    clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
-    # TensorFlow refuses to look at the clock in a step that has to be deterministic.
-    note = None if config.deterministic else clock.note
-    multiworker.enable(model, stop, note, gradient_dtype=config.gradient_dtype)
-
     stopping: list[keras.callbacks.Callback] = [
         keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)
     ]

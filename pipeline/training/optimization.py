@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from pipeline.training.config import TrainingConfig
@@ -93,25 +94,43 @@ class TopKAccuracy(_TakesShares, keras.metrics.SparseTopKCategoricalAccuracy):
     """Share of rows whose label is among the k highest logits."""
 
 
+class Rates:
+    """The highest learning rate and the weight decay as variables, which a traced step reads, instead of constants."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.learning_rate = tf.Variable(config.learning_rate, trainable=False, dtype="float32")
+        self.weight_decay = tf.Variable(config.weight_decay, trainable=False, dtype="float32")
+
+    def set(self, config: TrainingConfig) -> None:
+        self.learning_rate.assign(config.learning_rate)
+        self.weight_decay.assign(config.weight_decay)
+
+
 def learning_rate(
-    config: TrainingConfig, steps_per_epoch: int
+    config: TrainingConfig, steps_per_epoch: int, rates: Rates | None = None
 ) -> float | keras.optimizers.schedules.LearningRateSchedule:
-    """The learning rate, or its schedule over all steps of the training."""
+    """The learning rate, or its schedule over all steps of the training; from `rates`, if they are given."""
     if config.learning_rate_schedule != "cosine":
         return config.learning_rate
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    highest = rates.learning_rate if rates else config.learning_rate
     return keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup else config.learning_rate,
+        initial_learning_rate=0.0 if warmup else highest,
         decay_steps=total - warmup,
-        warmup_target=config.learning_rate if warmup else None,
+        warmup_target=highest if warmup else None,
         warmup_steps=warmup,
     )
 
 
-def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) -> keras.optimizers.Optimizer:
-    """The optimizer of a built `model`; its weight decay, if any, acts on kernels only (Loshchilov & Hutter, 2019)."""
-    rate = learning_rate(config, steps_per_epoch)
+def optimizer(
+    config: TrainingConfig, model: keras.Model, steps_per_epoch: int, rates: Rates | None = None
+) -> keras.optimizers.Optimizer:
+    """The optimizer of a built `model`; its weight decay, if any, acts on kernels only (Loshchilov & Hutter, 2019).
+
+    Where `rates` are given, it reads the two from there in every step.
+    """
+    rate = learning_rate(config, steps_per_epoch, rates)
     decay = config.weight_decay or None
     if config.optimizer == "adam":
         return keras.optimizers.Adam(rate)
@@ -129,4 +148,8 @@ def optimizer(config: TrainingConfig, model: keras.Model, steps_per_epoch: int) 
         made = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
     if made.weight_decay:
         made.exclude_from_weight_decay(var_list=[v for v in model.trainable_variables if v.name != "kernel"])
+        if rates:
+            made.weight_decay = rates.weight_decay
+            if isinstance(made, Muon):
+                made.adam_weight_decay = rates.weight_decay
     return made

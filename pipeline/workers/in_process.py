@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
@@ -10,6 +11,9 @@ from pipeline.devices import memory_errors, require_gpu, set_up_tensorflow
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
 from pipeline.workflow.task import StoppedEarly
+
+if TYPE_CHECKING:
+    from pipeline.training.kept_models import KeptModels
 
 
 class TrainingError(RuntimeError):
@@ -23,6 +27,7 @@ def train_in_process(
     validation: Rows | StreamedRows,
     worker: Worker,
     class_counts: Sequence[int] | None = None,
+    kept: "KeptModels | None" = None,
 ) -> None:
     """Trains as `worker` in this process, on `config.cpus_per_worker` CPUs; see `pipeline.training.fit.fit`.
 
@@ -46,7 +51,7 @@ def train_in_process(
         require_gpu("train.use_gpu")
     try:
         with memory_errors(_memory_remedy(config, worker.num_workers)):
-            fit(model, config, train, validation, worker, class_counts)
+            fit(model, config, train, validation, worker, class_counts, kept)
     except Interrupted as error:
         raise StoppedEarly from error
     except (InitialModelError, NotFinite) as error:

@@ -1,0 +1,101 @@
+"""A model that is kept for the next training gives the same results, to the bit, as one that is built for it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from tiny_training import MODEL, TRAIN
+
+from perceiver.config import PerceiverConfig
+from pipeline.data.rows import Rows
+from pipeline.training.config import TrainingConfig
+from pipeline.training.fit import fit
+from pipeline.training.kept_models import KeptModels
+from pipeline.training.worker import Worker
+
+DIGITS = load_digits()
+COSINE = {"learning_rate": 2e-3, "learning_rate_schedule": "cosine", "epochs": 2}
+RECIPES: dict[str, dict[str, Any]] = {
+    "adamw": {**COSINE, "optimizer": "adamw", "weight_decay": 0.05},
+    "muon": {**COSINE, "optimizer": "muon", "weight_decay": 0.05, "cutmix": 0.5, "precision": "mixed_bfloat16"},
+    "plateau": {"optimizer": "sgd", "learning_rate_schedule": "plateau", "plateau_patience": 1, "epochs": 2},
+}
+
+
+class Stop(BaseException):
+    """Ends a training as a trial is ended that ASHA stops."""
+
+
+def rows(start: int, stop: int) -> Rows:
+    images = (DIGITS.images[start:stop] * 255 / 16).astype(np.uint8)[..., np.newaxis]
+    return Rows(np.arange(start, stop), images, DIGITS.target[start:stop].astype(np.int32))
+
+
+def train(
+    config: TrainingConfig, kept: KeptModels | None, stop_after: int = 99, **model: Any
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """Losses and accuracies by epoch, and the variables in the last checkpoint."""
+    reports: list[dict[str, float]] = []
+    arrays: dict[str, np.ndarray] = {}
+
+    def report(metrics: dict[str, Any], folder: Path | None) -> None:
+        assert folder is not None
+        with np.load(folder / "arrays.npz") as found:
+            arrays.update(found)
+        reports.append({name: metrics[name] for name in ("loss", "val_loss", "accuracy", "learning_rate")})
+        if len(reports) == stop_after:
+            raise Stop
+
+    worker = Worker(report=report, keep_model=False)
+    fit(PerceiverConfig(**{**MODEL, **model}), config, rows(0, 500), rows(500, 601), worker, kept=kept)
+    return reports, arrays
+
+
+@pytest.fixture(autouse=True)
+def policy() -> Any:
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_kept_model_trains_as_a_new_one(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, kept = TrainingConfig(**{**TRAIN, **RECIPES[recipe]}), KeptModels()
+    other = replace(config, learning_rate=config.learning_rate / 3, weight_decay=config.weight_decay * 2)
+    dropout: dict[str, Any] = {"dropout": 0.1}
+    train(other, kept, **dropout)
+    with pytest.raises(Stop):  # within its first epoch's report
+        train(other, kept, stop_after=1, **dropout)
+    monkeypatch.setattr("pipeline.training.fit.Perceiver", None)  # no other model can be built
+    again = train(config, kept, **dropout)
+    monkeypatch.undo()
+    new = train(config, None, **dropout)
+    assert again[0] == new[0]
+    assert again[1].keys() == new[1].keys()
+    for name, value in new[1].items():
+        np.testing.assert_array_equal(again[1][name], value, err_msg=name)
+    assert json.dumps(again[0]) != json.dumps(train(other, kept, **dropout)[0]), "the rates reach the steps"
+
+
+def test_only_models_of_the_same_shape_are_used_again() -> None:
+    config, kept = TrainingConfig(**{**TRAIN, **COSINE, "epochs": 1, "warmup_epochs": 0.0}), KeptModels(most=2)
+    builds = []
+
+    class Counting(KeptModels):
+        def lend(self, model: Any, config: Any, class_counts: Any, steps: Any, build: Any) -> Any:
+            def counted() -> Any:
+                builds.append(model.num_latents)
+                return build()
+
+            return super().lend(model, config, class_counts, steps, counted)
+
+    kept = Counting(most=2)
+    for latents in (4, 4, 8, 4, 2, 8, 4):
+        train(config, kept, num_latents=latents)
+    assert builds == [4, 8, 2, 8, 4], "the one that was used longest ago makes room"
+    train(replace(config, seed=1), kept, num_latents=4)
+    assert builds[5:] == [4], "another seed has other weights"
