@@ -2,7 +2,8 @@
 
     python examples/ray_train_own_model.py        # starts Ray on this machine; about 40 s on 2 cores
 
-If RAY_ADDRESS is set, it runs on that cluster. The only part of this project that it needs is pipeline/multiworker.
+If RAY_ADDRESS is set, it runs on that cluster. The only part of this project that it needs is pipeline/multiworker; the
+loop, the data, checkpoints and evaluation are yours. own_model.py gives a model to the pipeline, which has these.
 """
 
 import tempfile

@@ -19,6 +19,7 @@ multiworker/  makes Keras 3 train on several workers; can be used without the re
 Commands:
 
 run.py                the pipeline
+own_model.py          trains and evaluates a Keras model of one's own; a function, no command
 predict.py            classifies images with a registered model
 evaluate_version.py   evaluates a registered model
 clean.py              lists the storage folder and deletes what no registered model needs

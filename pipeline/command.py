@@ -72,7 +72,7 @@ def run_command(command: Callable[[], int]) -> int:
 def _code_of(command: Callable[[], int]) -> int:
     try:
         _check_process()
-        _set_environment()
+        set_environment()
         return command()
     except ValueError as error:
         say_error(f"error: {error}")
@@ -177,7 +177,7 @@ class _Masked:
         return getattr(self._stream, name)
 
 
-def _set_environment() -> None:
+def set_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # A cluster that `ray start` has started wants the token of its user if there is one; a driver would not send it.

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def accuracy(script: str, pattern: str, cwd: Path, **variables: str) -> int:
+def accuracy(script: str, pattern: str, cwd: Path, *args: str, **variables: str) -> int:
     """Runs an example; returns the number in its output that `pattern` captures."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
     environment.pop("TF_CONFIG", None)
-    command = [sys.executable, str(EXAMPLES / script)]
+    command = [sys.executable, str(EXAMPLES / script), *args]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = re.search(pattern, done.stdout)
@@ -40,8 +41,22 @@ def test_two_ray_workers_train(tmp_path: Path) -> None:
     assert accuracy("ray_train_own_model.py", pattern, tmp_path, **cluster) >= 80
 
 
-def test_of_this_project_the_examples_use_multiworker_only() -> None:
-    for script in EXAMPLES.glob("*.py"):
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_of_ones_own_trains_in_the_pipeline_and_is_not_trained_again(tmp_path: Path) -> None:
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}
+    # One worker, whose start is quicker; two are tested in tests/training and by the benchmarks.
+    few = ("quickstart", "--train.epochs", "5", "--train.num-workers", "1")
+    command = ("own_model.py", r"test top-1 (\d+)\.\d%", tmp_path, *few)
+    found = accuracy(*command, **cluster)
+    assert found >= 80
+    start = time.monotonic()
+    assert accuracy(*command, **cluster) == found
+    assert time.monotonic() - start < 10
+    assert [len(list((tmp_path / "runs" / "tasks" / task).iterdir())) for task in ("train", "evaluate")] == [1, 1]
+
+
+def test_of_this_project_two_examples_use_multiworker_only() -> None:
+    for script in set(EXAMPLES.glob("*.py")) - {EXAMPLES / "own_model.py"}:
         imported = re.findall(
             r"^\s*(?:from|import) ((?:pipeline|perceiver|tune)\b.*)$", script.read_text(), re.MULTILINE
         )

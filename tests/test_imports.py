@@ -91,6 +91,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     # What a person starts.
     "pipeline.run": ("pipeline.command", "pipeline.driver", "pipeline.settings"),
+    "pipeline.own_model": (
+        *GROUND,
+        "pipeline.command",
+        "pipeline.driver",
+        "pipeline.settings",
+        "pipeline.tasks",
+        "pipeline.training.own_model",
+        "pipeline.workflow",
+    ),
     "pipeline.predict": (*GROUND, "pipeline.command", "pipeline.driver.progress", "pipeline.inference"),
     "pipeline.evaluate_version": ("pipeline.command", "pipeline.data", "pipeline.evaluation", "pipeline.registry"),
     "pipeline.clean": (

@@ -96,7 +96,7 @@ def logits_of_rows(apply: Apply, rows: Rows | ShardedRows) -> np.ndarray:
 
 
 def evaluate(
-    model: Perceiver,
+    model: keras.Model,
     test: Rows | ShardedRows,
     validation: Rows | ShardedRows,
     config: EvaluationConfig,
@@ -107,7 +107,7 @@ def evaluate(
     """Evaluates a model on the test rows; the temperature is fitted to the validation rows.
 
     Args:
-        model: Maps uint8 images to logits.
+        model: Maps uint8 images to logits; only a Perceiver gives attention maps.
         label_names: Names of the K classes.
         coarse_label_names: Names of the superclasses, if the data set has any.
         coarse_of_class: The superclass of each class, if it is known; else the rows tell it.
@@ -263,11 +263,11 @@ def _slices(probabilities: np.ndarray, test: Rows | ShardedRows, confusion: Conf
 
 
 def _pictures(
-    model: Perceiver, test: Rows | ShardedRows, probabilities: np.ndarray, found: dict[str, Any]
+    model: keras.Model, test: Rows | ShardedRows, probabilities: np.ndarray, found: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """`Evaluation.pictures`, for the rows that `_slices` has `found`."""
     hits = most_confident(probabilities, test.labels, len(test.labels), right=True)
-    looked_at = different_classes(hits, test.labels, ATTENTION_IMAGES)
+    looked_at = different_classes(hits, test.labels, ATTENTION_IMAGES) if isinstance(model, Perceiver) else []
     named = [*found["confident_mistakes"]]
     named += [row for kind in ("worst_classes", "best_classes") for entry in found[kind] for row in entry["examples"]]
     positions = np.unique([*np.searchsorted(test.row_ids, [row["row_id"] for row in named]), *looked_at]).astype(int)
@@ -275,7 +275,7 @@ def _pictures(
     # One image at a time: the maps of a large model, (iterations, heads, latents, rows, columns), take tens of MB each.
     maps = [attention_maps(model, rows.images[p : p + 1])[:, 0] for p in np.searchsorted(positions, looked_at)]
     pictures = {"row_ids": rows.row_ids, "images": rows.images, "labels": rows.labels}
-    if maps:  # none if the model classifies no row correctly
+    if maps:  # none if the model is no Perceiver, or classifies no row correctly
         latents = np.linspace(0, maps[0].shape[2] - 1, min(ATTENTION_LATENTS, maps[0].shape[2])).astype(int)
         pictures |= {
             "attention": np.stack([image.mean(axis=(1, 2)) for image in maps], axis=1),

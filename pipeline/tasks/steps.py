@@ -9,8 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from perceiver.config import PerceiverConfig
 from pipeline.settings.config import PipelineConfig, flatten, trained_configs
 from pipeline.tasks.events import Said
+from pipeline.training.config import TrainingConfig
+from pipeline.training.own_model import OwnModel
 from pipeline.workflow import task
 
 Context = task.Context[PipelineConfig]
@@ -45,10 +48,15 @@ def search(context: Context) -> dict[str, Any]:
 
 
 def train(context: Context) -> dict[str, Any]:
+    model, settings = trained_configs(context.config, context.inputs["preprocess"], context.inputs["search"])
+    return train_model(context, model, settings)
+
+
+def train_model(context: Context, model: PerceiverConfig | OwnModel, settings: TrainingConfig) -> dict[str, Any]:
+    """Trains on the rows of `preprocess`; the output has the storage path and digest of the model's file."""
     from pipeline.workers.train import train
 
     manifest = context.inputs["preprocess"]
-    model, settings = trained_configs(context.config, manifest, context.inputs["search"])
     output = train(
         model,
         settings,
@@ -89,13 +97,22 @@ def _initial_model(context: Context) -> str:
 
 
 def evaluate(context: Context) -> dict[str, Any]:
+    import keras
+
+    import perceiver.model  # noqa: F401  registers its classes with Keras
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = keras.saving.load_model(fetch_model(context, folder), compile=False)
+    return evaluate_model(context, model)
+
+
+def evaluate_model(context: Context, model: Any) -> dict[str, Any]:
+    """Evaluates a Keras model, writes the results, and returns their figures with the paths of the rest."""
     import io
     import json
 
-    import keras
     import numpy as np
 
-    import perceiver.model  # noqa: F401  registers its classes with Keras
     from pipeline.data.split import open_split
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.predictions import write_predictions
@@ -103,8 +120,6 @@ def evaluate(context: Context) -> dict[str, Any]:
     manifest, storage, out = context.inputs["preprocess"], context.storage, context.out
     window_mb = context.config.train.shuffle_window_mb
     test, validation = (open_split(manifest, split, storage, window_mb) for split in ("test", "validation"))
-    with tempfile.TemporaryDirectory() as folder:
-        model = keras.saving.load_model(_fetch_model(context, folder), compile=False)
     names = manifest["label_names"], manifest["coarse_label_names"], manifest.get("coarse_of_class")
     found = evaluate(model, test, validation, context.config.evaluation, *names)
     pictures = io.BytesIO()
@@ -151,7 +166,7 @@ def register(context: Context) -> dict[str, Any]:
     example = read_rows(data["splits"]["test"]["shards"][0], context.storage)  # one shard: a few images will do
     with tempfile.TemporaryDirectory() as folder:
         made = TrainedModel(
-            path=_fetch_model(context, folder),
+            path=fetch_model(context, folder),
             input_example=example.images[:INPUT_EXAMPLE_ROWS],
             row_ids=test.row_ids,
             hits=test.logits.argmax(axis=1) == test.labels,
@@ -195,7 +210,7 @@ def report(context: Context) -> dict[str, Any]:
     return {"report": storage.write_verified(f"{context.out}/{REPORT_FILE}", render(report_inputs).encode())}
 
 
-def _fetch_model(context: Context, folder: str) -> str:
+def fetch_model(context: Context, folder: str) -> str:
     """Path of a local copy of the trained model, below `folder`.
 
     Raises:

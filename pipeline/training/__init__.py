@@ -4,6 +4,8 @@ config.py             `TrainingConfig`
 worker.py             `Worker`: rank, reports, stop request; imports no TensorFlow
 fit.py                trains a model as one worker
 kept_models.py        models that are used again by the next training, since tracing takes seconds
+own_model.py          `OwnModel`: a Keras model of one's own in the place of a Perceiver; imports no TensorFlow
+models.py             builds either, and counts multiply-accumulates
 recorder.py           the callback that reports epochs and writes checkpoints
 batches.py            which rows a worker trains on at which step
 augmentation.py       random crops, flips and zooms, CutMix

@@ -1,4 +1,4 @@
-"""Trains a Perceiver as one worker: `fit`, the same function for a trial, for one worker and for many.
+"""Trains a model as one worker: `fit`, the same function for a trial, for one worker and for many.
 
 It does not depend on Ray. A `Worker` says how it reports, from which checkpoint it continues and how it is stopped.
 """
@@ -17,7 +17,6 @@ import keras
 import tensorflow as tf
 
 from perceiver.config import PerceiverConfig
-from perceiver.cost import macs_per_image
 from perceiver.model import Perceiver
 from pipeline import multiworker
 from pipeline.data.rows import Rows, RowSource
@@ -29,6 +28,7 @@ from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
 from pipeline.training.input_pipeline import training_dataset, validation_dataset
 from pipeline.training.kept_models import Compiled, KeptModels
+from pipeline.training.models import build_model, macs_of
 from pipeline.training.optimization import (
     PLATEAU_FACTOR,
     Accuracy,
@@ -38,6 +38,7 @@ from pipeline.training.optimization import (
     balanced_weights,
     optimizer,
 )
+from pipeline.training.own_model import OwnModel
 from pipeline.training.recorder import Recorder
 from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
 from pipeline.training.worker import InitialModelError, Worker
@@ -48,7 +49,7 @@ _OTHER_BYTES = 1 << 20
 
 
 def fit(
-    model_config: PerceiverConfig,
+    model_config: PerceiverConfig | OwnModel,
     config: TrainingConfig,
     train: RowSource,
     validation: Rows | StreamedRows,
@@ -65,7 +66,7 @@ def fit(
     lowest validation loss.
 
     Args:
-        model_config: Model settings with the pixel statistics of the data.
+        model_config: Model settings, or a model of one's own, with the pixel statistics of the data.
         config: Training settings.
         train: All training rows; this worker takes its share of every global batch.
         validation: All validation rows; this worker takes its share of every batch.
@@ -77,6 +78,7 @@ def fit(
         Interrupted: after a stop was requested and a checkpoint was reported.
         NotFinite: if the loss is NaN or infinite; names epoch and step.
         InitialModelError: if the initial weights are those of another model.
+        OwnModelError: if a model of one's own cannot be built, or does not give logits of all classes.
         CheckpointError: if a checkpoint could not be written; names the path.
         GpuError: if the GPU that `config` asks for does not compute.
         ValueError: if the checkpoint belongs to another order of rows.
@@ -100,7 +102,7 @@ def fit(
 
 
 def _compiled(
-    model_config: PerceiverConfig,
+    model_config: PerceiverConfig | OwnModel,
     config: TrainingConfig,
     worker: Worker,
     class_counts: Sequence[int] | None,
@@ -111,25 +113,31 @@ def _compiled(
 ) -> Compiled:
     rates = Rates(config) if adjustable else None
     with strategy.scope():
-        model = Perceiver(**asdict(model_config))
-        model.build((None, *model_config.image_shape))
+        model = build_model(model_config)
         model.compile(
             optimizer=optimizer(config, model, steps, rates),
             loss=SmoothedCrossEntropy(config.label_smoothing, _class_weights(config, class_counts)),
             metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
             jit_compile=config.jit_compile,
         )
+        macs = macs_of(model_config, model)
     peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
-    clock = StepClock(config.global_batch_size, macs_per_image(model_config), peak, worker.num_workers)
+    clock = StepClock(config.global_batch_size, macs, peak, worker.num_workers)
     # TensorFlow refuses to look at the clock in a step that has to be deterministic.
     note = None if config.deterministic else clock.note
-    multiworker.enable(model, stop, note, gradient_dtype=config.gradient_dtype)
+    multiworker.enable(
+        model,
+        stop,
+        note,
+        gradient_dtype=config.gradient_dtype,
+        batch_norm="synchronize" if isinstance(model_config, OwnModel) else None,
+    )
     return Compiled(model, rates, clock)
 
 
 def _train(
     compiled: Compiled,
-    model_config: PerceiverConfig,
+    model_config: PerceiverConfig | OwnModel,
     config: TrainingConfig,
     train: RowSource,
     validation: Rows | StreamedRows,
@@ -141,6 +149,7 @@ def _train(
     model, clock = compiled.model, compiled.clock
     with strategy.scope():
         if worker.initial_model and not worker.resume_from:
+            assert isinstance(model_config, PerceiverConfig), "initial weights are those of a Perceiver"
             _set_initial_weights(model, model_config, worker.initial_model, config)
         order = [config.seed, config.global_batch_size, len(train)]
         progress = checkpoint.load(worker.resume_from, model) if worker.resume_from else TrainingState(order=order)
@@ -196,8 +205,7 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Path(folder), model, progress)
         if worker.keep_model:
-            final = Perceiver(**asdict(model_config))
-            final.build((None, *model_config.image_shape))
+            final = build_model(model_config)
             final.set_weights(progress.best_weights)
             final.save(Path(folder) / MODEL_FILE)
         worker.report(progress.history[-1], Path(folder))

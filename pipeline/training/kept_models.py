@@ -18,6 +18,7 @@ from pipeline import multiworker
 from pipeline.training.checkpoint import variables_by_kind
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimization import Rates
+from pipeline.training.own_model import OwnModel
 from pipeline.training.throughput import StepClock
 
 MOST_KEPT = 4
@@ -58,7 +59,7 @@ class KeptModels:
     @contextlib.contextmanager
     def lend(
         self,
-        model: PerceiverConfig,
+        model: PerceiverConfig | OwnModel,
         config: TrainingConfig,
         class_counts: Sequence[int] | None,
         steps: int,
@@ -67,7 +68,7 @@ class KeptModels:
         """A model for a training that starts, for the time of the block. It is not kept if the block raises an error.
 
         Args:
-            model: Model settings.
+            model: Model settings, or a model of one's own.
             config: Training settings.
             class_counts: Number of training rows of each class.
             steps: Steps of an epoch.

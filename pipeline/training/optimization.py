@@ -139,7 +139,7 @@ def optimizer(
     elif config.optimizer == "muon":
         # Keras uses Muon for every 2-D variable. Latents and positions are embeddings, though, and the kernel of the
         # logits is a classifier, for which Jordan et al. (2024) advise against it.
-        kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(model.logits.kernel)}
+        kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(_classifier(model))}
         others = [f"^{re.escape(v.path)}$" for v in model.trainable_variables if id(v) not in kernels]
         made = Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
     elif config.optimizer == "lamb":
@@ -153,3 +153,10 @@ def optimizer(
             if isinstance(made, Muon):
                 made.adam_weight_decay = rates.weight_decay
     return made
+
+
+def _classifier(model: keras.Model) -> keras.Variable | None:
+    """The kernel of the logits: of the layer that the model has under this name, or else the last kernel of all."""
+    if hasattr(model, "logits"):
+        return model.logits.kernel
+    return next((v for v in reversed(model.trainable_variables) if v.name == "kernel"), None)

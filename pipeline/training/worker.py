@@ -18,6 +18,10 @@ class InitialModelError(Exception):
     """The initial weights do not fit the model."""
 
 
+class OwnModelError(Exception):
+    """A model of one's own cannot be trained as it is."""
+
+
 @dataclass(frozen=True)
 class WorkersStarted:
     """All workers run; they look for each other next.

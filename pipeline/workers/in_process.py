@@ -9,7 +9,8 @@ from pipeline.data.rows import Rows
 from pipeline.data.streamed_rows import StreamedRows
 from pipeline.devices import memory_errors, require_gpu, set_up_tensorflow
 from pipeline.training.config import TrainingConfig
-from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, Worker
+from pipeline.training.own_model import OwnModel
+from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, OwnModelError, Worker
 from pipeline.workflow.task import StoppedEarly
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class TrainingError(RuntimeError):
 
 
 def train_in_process(
-    model: PerceiverConfig,
+    model: PerceiverConfig | OwnModel,
     config: TrainingConfig,
     train: Rows | StreamedRows,
     validation: Rows | StreamedRows,
@@ -33,7 +34,8 @@ def train_in_process(
 
     Raises:
         StoppedEarly: after a stop request.
-        TrainingError: if the loss became NaN or infinite, or the initial weights do not fit the model.
+        TrainingError: if the loss became NaN or infinite, the initial weights do not fit the model, or a
+            model of one's own cannot be trained as it is.
         GpuError: if TensorFlow cannot compute on the GPU that `config` asks for.
         OutOfMemoryError: if the memory of the device does not suffice.
         CorruptFileError, OSError: if a shard of streamed rows cannot be read.
@@ -54,7 +56,7 @@ def train_in_process(
             fit(model, config, train, validation, worker, class_counts, kept)
     except Interrupted as error:
         raise StoppedEarly from error
-    except (InitialModelError, NotFinite) as error:
+    except (InitialModelError, NotFinite, OwnModelError) as error:
         raise TrainingError(str(error)) from error
     except Exception as error:
         for rows in (train, validation):

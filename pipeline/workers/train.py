@@ -27,6 +27,7 @@ from pipeline.devices import DeviceError, OutOfMemoryError, used_device, used_gp
 from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
 from pipeline.training.config import TrainingConfig
+from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import EpochEnded, Worker
 from pipeline.workers import ray_internals
 from pipeline.workers.in_process import TrainingError, train_in_process
@@ -47,7 +48,7 @@ ELASTIC_START_SECONDS = 20.0
 
 
 def train(
-    model: PerceiverConfig,
+    model: PerceiverConfig | OwnModel,
     config: TrainingConfig,
     manifest: dict[str, Any],
     storage: Storage,
@@ -59,11 +60,11 @@ def train(
     """Trains `model` on the workers that `config` asks for; continues from the last checkpoint below `state`, if any.
 
     Args:
-        model: Model settings with the pixel statistics of the data.
+        model: Model settings, or a model of one's own, with the pixel statistics of the data. The workers get a plain
+            `PerceiverConfig`, so that they need not import the settings' own class.
         config: Training settings.
         manifest: Output of `preprocess`.
-        storage: Where the shards are and the checkpoints go.
-        state: Storage prefix of the checkpoints; the same for all attempts.
+        storage, state: Where the shards are and, below `state`, the checkpoints go; the same for all attempts.
         channel: Gets `EpochEnded` and `StepProgress` events; its stop request ends the training with a checkpoint.
         initial_model: Storage path of the `.keras` file with the initial weights, if any.
 
@@ -76,7 +77,7 @@ def train(
         CorruptShardError: if a shard is not what the manifest says.
         ValueError: if the shuffle window or the cache is too small for the shards.
         StoppedEarly: after a stop request.
-        TrainingError: if the loss became NaN or infinite, or if workers died or could not start too often.
+        TrainingError: if the loss is NaN or infinite, the model is refused, or workers died or did not start too often.
     """
     ray_internals.check_ray()
     os.environ.setdefault(ray_internals.POLL_SECONDS_VARIABLE, str(POLL_SECONDS))
@@ -92,7 +93,7 @@ def train(
     trainer = DataParallelTrainer(
         train_loop_per_worker=train_loop_per_worker,
         train_loop_config={
-            "model": asdict(model),
+            "model": PerceiverConfig(**asdict(model)) if isinstance(model, PerceiverConfig) else model,
             "train": asdict(config),
             "channel": channel,
             "store": store,
@@ -160,7 +161,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     Of an elastic group as many workers train as divide the global batch; the others stand by.
 
     Args:
-        settings: `model` and `train` (plain dicts), `channel`, `store`, `initial_model` (storage and path, or None),
+        settings: `model`, `train` (a plain dict), `channel`, `store`, `initial_model` (storage and path, or None),
             `class_counts` of the training rows, `manifest` of the data and their `storage`, the splits that are
             `streamed` and the storage path `failed`, where a worker says why another try would fail too.
 
@@ -220,7 +221,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
         error, preempted = None, False
         try:
             train_in_process(
-                PerceiverConfig(**settings["model"]),
+                settings["model"],
                 config,
                 rows("train"),
                 rows("validation"),

@@ -30,6 +30,7 @@ def main(orders: dict[str, Any]) -> None:
     from pipeline.training.checkpoint_store import CheckpointStore
     from pipeline.training.config import TrainingConfig
     from pipeline.training.fit import fit
+    from pipeline.training.own_model import OwnModel
     from pipeline.training.recorder import Recorder
     from pipeline.training.worker import Interrupted, Worker
 
@@ -76,7 +77,11 @@ def main(orders: dict[str, Any]) -> None:
         resume_from=checkpoint if store.restore_newest(checkpoint) else None,
         on_stop=requests.append,
     )
-    model = PerceiverConfig(**orders["model"])
+    model: PerceiverConfig | OwnModel = PerceiverConfig(**orders["model"])
+    if orders.get("own_model"):
+        from own_models import convolutional
+
+        model = OwnModel(convolutional, orders["own_model"], image_shape=(8, 8, 1), num_classes=10)
     train = TrainingConfig(**orders["train"])
     if train.deterministic:  # as `pipeline.workers.in_process.train_in_process` does
         tf.config.experimental.enable_op_determinism()

@@ -129,6 +129,17 @@ def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
     assert_same_training(one, two, 1e-5, without="key/bias")
 
 
+@pytest.mark.slow
+def test_two_workers_train_a_model_of_ones_own_as_one_does_with_the_moments_of_all_rows(run: Run) -> None:
+    own = {"own_model": {"channels": 6}}
+    one, two = run(1, SGD, **own), run(2, SGD, **own)
+    assert_same_training(one, two, 1e-4)
+    assert history(one)[-1]["loss"] < history(one)[0]["loss"] - 0.1
+    killed = run(1, {"checkpoint_every_steps": 7}, **own, kill_rank=0, kill_at=[1, 10])
+    assert (state(killed)["epoch"], state(killed)["step"]) == (1, 7)
+    assert_same_training(one, run(1, {"checkpoint_every_steps": 7}, **own, out=killed), 1e-4)
+
+
 def test_two_workers_train_as_one_does_with_weights_of_the_classes(run: Run) -> None:
     weighted = {"class_weights": "balanced", "cutmix": 0.5, "label_smoothing": 0.1}
     counts = {"class_counts": [910, *[10] * 9]}  # those of other rows, so that the weights differ: 0.11 and 10

@@ -199,7 +199,8 @@ def test_earlier_trials_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("warmup_epochs", "grace_epochs", "stopped_after"), [(0.0, 1, 1), (0.5, 1, 1), (1.0, 1, 2), (2.5, 1, 3), (1.0, 3, 3)]
+    ("warmup_epochs", "grace_epochs", "stopped_after"),
+    [(0.0, 1, 1), (0.5, 1, 1), (1.0, 1, 2), (2.5, 1, 3), (1.0, 3, 3)],
 )
 def test_no_trial_is_stopped_in_the_warm_up(warmup_epochs: float, grace_epochs: int, stopped_after: int) -> None:
     asha: Any = scheduler(settings(epochs=9, grace_epochs=grace_epochs), warmup_epochs=warmup_epochs)

@@ -1,0 +1,116 @@
+"""Trains and evaluates a Keras model of one's own as the pipeline does a Perceiver; docs/own_model.md.
+
+`examples/own_model.py` is a script that does. Registration, the report, tracking and the search are for Perceivers
+only. Ray and TensorFlow are imported when a training begins.
+"""
+
+import signal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.command import run_command, say_error, set_environment
+from pipeline.settings.command_line import parse
+from pipeline.settings.config import PipelineConfig
+from pipeline.training.own_model import OwnModel
+
+if TYPE_CHECKING:
+    from pipeline.workflow.lease import Claim
+
+__all__ = ["OwnModel", "own_model_command", "train_own_model"]
+
+
+def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
+    """What a script does: trains `model` with a preset and options of `pipeline/run.py`, and prints its figures.
+
+    Args:
+        model: The model.
+        args: Arguments of the command line. Options of the Perceiver, the search and the tracking change nothing.
+
+    Returns:
+        The exit code: 0 done; 1 a task failed or another process took over; 2 a setting or the data cannot be used;
+        128 + n stopped by signal n, and can be continued.
+    """
+
+    def run() -> int:
+        _, options = parse([*args, "--search.num-trials", "0"])
+        from pipeline.workflow.lease import LeaseLost
+        from pipeline.workflow.task import Stopped, TaskFailed
+
+        try:
+            found = train_own_model(options.config, model)["evaluate"]
+        except Stopped as stopped:
+            say_error("stopped; the same command goes on from here")
+            return 128 + stopped.signal
+        except (LeaseLost, TaskFailed) as failed:
+            say_error(f"error: {failed}")
+            return 1
+        print(f"{found['parameters']:,} parameters, {found['macs_per_image'] / 1e6:.2f} MMAC an image")
+        print(f"validation top-1 {found['validation']['top1']:.1%}, test top-1 {found['top1']:.1%}")
+        return 0
+
+    return run_command(run)
+
+
+def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
+    """Runs the tasks `ingest`, `preprocess`, `train` and `evaluate` with a model of one's own; prints their progress.
+
+    A run that was cut off continues when it is called again with the same arguments, and what is done is not done
+    again. Ray is joined or started, and stays.
+
+    Args:
+        config: Settings of a run; those of the Perceiver, the tracking and the promotion are not used.
+        model: The model.
+
+    Returns:
+        `train`, as `pipeline.workers.train.train` returns it, with the storage path and digest of `model`, a `.keras`
+        file; and `evaluate`: `top1`, `top5`, `loss` and more on the test rows, `validation`, `calibration`,
+        `parameters`, `macs_per_image`, and the paths of all results (docs/evaluation.md).
+
+    Raises:
+        ValueError: if the search is on or initial weights are given, if the model has no key, or if a setting or the
+            data cannot be used.
+        TaskFailed: if a task failed; its message says why.
+        Stopped: after SIGTERM or Ctrl-C, with a checkpoint.
+        LeaseLost: if another process has taken over.
+    """
+    if config.search.num_trials:
+        raise ValueError(f"search.num_trials = {config.search.num_trials}: only Perceivers are searched, give 0")
+    if config.train.initial_model:
+        raise ValueError(f"train.initial_model = {config.train.initial_model} is a Perceiver: leave it out")
+    set_environment()  # before Ray is imported
+    from pipeline.driver.progress import Progress
+    from pipeline.driver.resources import connect
+    from pipeline.driver.window import check_window
+    from pipeline.storage import open_storage
+    from pipeline.tasks.own_model import own_model_tasks
+    from pipeline.workflow.lease import Lease
+    from pipeline.workflow.run import Run
+    from pipeline.workflow.runner import StopOnSignal, run_tasks
+    from pipeline.workflow.task import TaskFailed
+
+    check_window(config)
+    run = Run(own_model_tasks(model), config, open_storage(config.storage))
+    told: set[tuple[str, int]] = set()
+    with Progress(config) as progress:
+
+        def waiting(key: str, claim: "Claim") -> None:
+            if (claim.host, claim.pid) not in told:
+                told.add((claim.host, claim.pid))
+                progress.say(f"process {claim.pid} on {claim.host} works at this: waiting for it")
+
+        manifests = run.done()
+        if len(manifests) < len(run.tasks):
+            with Lease(run.storage, [run.key, run.keys["train"]], waiting) as lease:
+                manifests = run.done()  # another process may have done some meanwhile
+                progress.cached(manifests)
+                connect(config, run.storage, progress.say)
+                with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
+                    try:
+                        manifests = run_tasks(run, run.tasks, stop, [progress], lease.check)
+                    except TaskFailed as failed:
+                        if isinstance(failed.cause, ValueError):
+                            raise failed.cause from failed
+                        raise
+        else:
+            progress.cached(manifests)
+    return {name: manifests[name]["output"] for name in ("train", "evaluate")}
