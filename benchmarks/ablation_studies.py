@@ -49,6 +49,7 @@ STUDIES = {
             "pooling does not overlap": {"model.conv_pool_size": 2},
             "4 x 4 patches": {"model.stem": "patches"},
             "4 x 4 patches, Fourier": {"model.stem": "patches", **FOURIER_POSITIONS},
+            "4 x 4 patches, MLP": {"model.stem": "patches", "model.input_mlp_widening_factor": 2},
             "Fourier positions": FOURIER_POSITIONS,
             "query head": {"model.head": "query"},
             "tanh GELU": {"model.approximate_gelu": True},

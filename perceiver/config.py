@@ -13,8 +13,7 @@ class PerceiverConfig:
     """Shape of a Perceiver image classifier (Jaegle et al., 2021, arXiv:2103.03206).
 
     The letters are the paper's: the data array is M x C, the latent array N x D. Widths that are None follow the paper:
-    queries, keys and values of the cross-attention are as wide as the data array, those of the self-attention as wide
-    as the latents.
+    those of the cross-attention are the width of the data array, those of the self-attention that of the latents.
 
     Raises:
         ValueError: if a value is out of range or two values contradict each other; the message names them and a remedy.
@@ -57,6 +56,8 @@ class PerceiverConfig:
     """Whether the Fourier position encoding contains the positions themselves."""
     learned_position_dim: int | None = None
     """Width of learned positions that are concatenated; None: the width of the inputs."""
+    input_mlp_widening_factor: int = 0
+    """Hidden width of an MLP on each row of the data array by itself, in multiples of C; 0: no such MLP."""
 
     num_latents: int = 32
     """Number N of latents."""
@@ -110,8 +111,7 @@ class PerceiverConfig:
     """Whether the latents are normalised once more before the head."""
 
     residual: Literal["input", "normalised"] = "input"
-    """What the skip connections of the cross-attention carry: its input, or (as in the published Keras example) that
-    input after the LayerNorm, which leaves no identity path."""
+    """What skip connections of the cross-attention carry; "normalised", the Keras example's, is no identity path."""
     cross_attention_scale: Literal["inverse_sqrt", "learned"] = "inverse_sqrt"
     """Factor on the logits of the cross-attention: 1/sqrt(head width), or a learned scalar that starts at 1."""
     cross_attention_output_projection: bool = True
@@ -130,8 +130,7 @@ class PerceiverConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_shape", "pixel_mean", "pixel_std"):  # JSON has no tuples
-            value = getattr(self, name)
-            if isinstance(value, list):
+            if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
         self._check_values()
         self._check_image()
@@ -143,11 +142,12 @@ class PerceiverConfig:
             if get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
                 self._require(value in get_args(hint), name, f"choose one of {', '.join(get_args(hint))}")
             elif hint in (int, int | None) and name not in ("seed", "num_classes") and value is not None:
-                self._require(value >= 1, name, "give at least 1")
+                least = 0 if name == "input_mlp_widening_factor" else 1
+                self._require(value >= least, name, f"give at least {least}")
         self._require(self.conv_pool_size >= 2, "conv_pool_size", "give at least 2, the stride")
         self._require(self.num_classes >= 2, "num_classes", "give at least 2")
-        is_image = len(self.image_shape) == 3 and min(self.image_shape) >= 1
-        self._require(is_image, "image_shape", "give height, width and channels, each at least 1")
+        is_shape = len(self.image_shape) == 3 and min(self.image_shape) >= 1
+        self._require(is_shape, "image_shape", "give height, width and channels, each at least 1")
         for name in ("dropout", "attention_dropout", "logits_dropout"):
             self._require(0 <= getattr(self, name) < 1, name, "give a rate in [0, 1)")
         for name in ("layer_norm_epsilon", "init_std"):

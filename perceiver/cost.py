@@ -16,6 +16,8 @@ def parameter_count(config: PerceiverConfig) -> int:
         count += c.num_inputs * c.position_dim
     elif c.position_encoding == "fourier" and c.position_combination == "add":
         count += _dense(c.position_dim, c.projected_dim)
+    if c.input_mlp_widening_factor:
+        count += _mlp_parameters(c.data_width, c.input_mlp_widening_factor)
     cross = _attention_parameters(c.latent_dim, c.data_width, c.cross_qk_dim, c.cross_v_dim)
     if not c.cross_attention_output_projection:
         cross -= _dense(c.cross_v_dim, c.latent_dim)
@@ -47,6 +49,7 @@ def macs_per_image(config: PerceiverConfig) -> int:
     macs = _stem_macs(c)
     if c.position_encoding == "fourier" and c.position_combination == "add":
         macs += c.num_inputs * c.position_dim * c.projected_dim
+    macs += _mlp_macs(c.num_inputs, c.data_width, c.input_mlp_widening_factor)
     macs += len(set(c.cross_attend_order)) * c.num_inputs * c.data_width * (c.cross_qk_dim + c.cross_v_dim)
     output = c.cross_attention_output_projection
     cross = _queries_macs(c.num_latents, c.latent_dim, c.num_inputs, c.cross_qk_dim, c.cross_v_dim, output)
@@ -78,6 +81,8 @@ def activation_bytes_per_image(config: PerceiverConfig) -> int:
             # before and after the pooling
             values += channels * (_cells(height, width, layer) + _cells(height, width, layer + 1))
     values += 2 * c.num_inputs * c.data_width  # data array, normalised data array
+    if c.input_mlp_widening_factor:  # the normalised rows; before and after GELU; the sum
+        values += 2 * c.num_inputs * (1 + c.input_mlp_widening_factor) * c.data_width
     values += len(set(c.cross_attend_order)) * c.num_inputs * (c.cross_qk_dim + c.cross_v_dim)
 
     def block(num_inputs: int, heads: int, qk_dim: int, v_dim: int, widening_factor: int, chunk: int | None) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import layers, ops
 
-from perceiver.blocks import CrossAttentionBlock, SelfAttentionBlock
+from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
 from perceiver.config import PerceiverConfig
 from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
@@ -102,6 +102,15 @@ class Perceiver(keras.Model):
             )
         if self.positions is not None:
             self.positions.build((None, config.num_inputs, config.projected_dim))
+        self.input_mlp = None
+        if config.input_mlp_widening_factor:
+            data_shape = (None, config.num_inputs, config.data_width)
+            self.input_norm = LayerNorm(epsilon=config.layer_norm_epsilon, name="input_norm", dtype=dtype)
+            self.input_norm.build(data_shape)
+            self.input_mlp = MLP(
+                config.input_mlp_widening_factor, config.approximate_gelu, name="input_mlp", dtype=dtype
+            )
+            self.input_mlp.build(data_shape)
 
     def _build_encoder(self, seeds: Iterator[int | None]) -> None:
         config = self.config
@@ -192,7 +201,8 @@ class Perceiver(keras.Model):
     def data_array(self, images: Tensor) -> Tensor:
         """Images (B, H, W, channels) -> data array (B, M, C)."""
         rows = self.stem(self.normalization(images))
-        return rows if self.positions is None else self.positions(rows)
+        rows = rows if self.positions is None else self.positions(rows)
+        return rows if self.input_mlp is None else rows + self.input_mlp(self.input_norm(rows))
 
     def encode(
         self,

@@ -59,6 +59,7 @@ TINY = {
         num_fourier_bands=2,
         include_positions=False,
         share_weights=False,
+        input_mlp_widening_factor=2,
         cross_attention_qk_dim=6,
         self_attention_qk_dim=4,
         self_attention_v_dim=8,

@@ -29,6 +29,8 @@ class ModelConfig(PerceiverConfig):
     pixel_std: tyro.conf.Fixed[tuple[float, ...] | None] = None
     conv_channel_growth: int = field(default=1, metadata=ADDED_LATER)
     """Factor by which channels grow from one convolution of the `conv` stem to the next, up to `conv_channels`."""
+    input_mlp_widening_factor: int = field(default=0, metadata=ADDED_LATER)
+    """Hidden width of an MLP on each row of the data array by itself, in multiples of C; 0: no such MLP."""
 
 
 @dataclass(frozen=True)

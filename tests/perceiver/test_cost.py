@@ -48,7 +48,13 @@ def test_keys_and_values_of_a_shared_cross_attend_are_computed_once() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"remat": True}, {"stem": "pixels"}, {"stem": "pixels", "attention_chunk_size": 256, "num_latents": 128}],
+    [
+        {},
+        {"remat": True},
+        {"stem": "pixels"},
+        {"stem": "patches", "input_mlp_widening_factor": 2},
+        {"stem": "pixels", "attention_chunk_size": 256, "num_latents": 128},
+    ],
     ids=str,
 )
 def test_activation_bytes_are_close_to_what_the_backward_pass_reads(changes: dict[str, Any]) -> None:

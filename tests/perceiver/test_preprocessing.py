@@ -1,13 +1,16 @@
 """Preprocessing layers: values, order of patches, precision."""
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from layer_checks import check_layer
+from tiny_perceivers import TINY
 
+from perceiver import Perceiver
 from perceiver.preprocessing import ConvStem, ImageNormalization, PatchStem
 
 _IMAGES = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype("uint8")
@@ -77,3 +80,17 @@ def test_channels_of_a_conv_stem_grow_to_those_before_the_last() -> None:
 )
 def test_layers(make: Callable[[], keras.layers.Layer], images: np.ndarray, tmp_path: Path) -> None:
     check_layer(make, [images], tmp_path)
+
+
+def test_a_row_of_the_data_array_sees_its_own_patch_alone() -> None:
+    config = replace(TINY["patches"], input_mlp_widening_factor=2)
+    model = Perceiver(**asdict(config))
+    model.build()
+    images = np.zeros((2, *config.image_shape), np.uint8)
+    images[1, 2:4, 4:6] = 255  # the patch in the second row and the third column of the grid
+    rows = keras.ops.convert_to_numpy(model.data_array(images))
+    assert (rows[0] != rows[1]).any(axis=-1).nonzero()[0].tolist() == [config.grid[1] + 2]
+    bare = keras.ops.convert_to_numpy(model.positions(model.stem(model.normalization(images))))
+    expected = bare + keras.ops.convert_to_numpy(model.input_mlp(model.input_norm(bare)))
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)
+    assert np.abs(rows - bare).max() > 1e-3
