@@ -72,7 +72,7 @@ class Collected:
         if not label.strip():
             raise self.fail(f"{name} has no label: give it one, or leave it out")
         if CONTROL.search(label) or "\t" in label or "\n" in label:
-            raise self.fail(f"{name} has the class {label!r}, with control characters: rename it")
+            raise self.fail(f"{name!r} has the class {label!r}, with control characters: rename it")
 
     def group(self, label: str | int, coarse: str | int | None, name: str) -> None:
         """Notes the coarse class of a class, of which all images must have the same.
@@ -174,6 +174,18 @@ class Collected:
                     f"the {what} {alike[shown]!r} and {name!r} differ in blanks, in characters that are not seen or in "
                     f"how accents are written ({alike[shown]!a}, {name!a}): rename one"
                 )
+
+
+def alike_but_for_case(names: Sequence[str]) -> str | None:
+    """A warning of classes whose names differ in upper and lower case alone, as letters do, and mistakes of typing."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.casefold(), []).append(name)
+    if not (alike := [group for group in groups.values() if len(group) > 1]):
+        return None
+    first = " and ".join(map(repr, alike[0][:2]))
+    others = f", and so do {len(alike) - 1:,} others" if len(alike) > 1 else ""
+    return f"warning: the classes {first} differ in upper and lower case alone{others}: each is a class of its own"
 
 
 _IN_ORDER = (TRAIN, VALIDATION, TEST)

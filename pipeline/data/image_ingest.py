@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 import pyarrow as pa
 
-from pipeline.data.collected_images import SplitFiles
+from pipeline.data.collected_images import SplitFiles, alike_but_for_case
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_decoding import BACKGROUND
 from pipeline.data.image_progress import ImageCounter, Report
@@ -59,6 +59,8 @@ def ingest_files(
     duplicates = count_duplicates(keys)
     for pair, count in duplicates.items():
         say(f"warning: {count:,} images are the same in {pair}")
+    if warning := alike_but_for_case(listing.label_names):
+        say(warning)
     if left_out := listing.tree.left_out:
         reasons = "; ".join(f"{len(names):,}: {reason}" for reason, names in sorted(left_out.items()))
         say(f"{sum(map(len, left_out.values())):,} files left out (--dry-run names some): {reasons}")

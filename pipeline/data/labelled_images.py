@@ -70,7 +70,7 @@ def list_images(path: str) -> Listing:
 
     tree, collected = list_files(path, "data.path"), Collected(path)
     suffixes = {suffix_of(name) for name in tree.files}
-    tables = [name for name in tree.files if os.path.basename(name) == METADATA]
+    tables = [name for name in tree.files if _is_table(name)]
     readers: tuple[tuple[str, Sequence[str], Reader], ...] = (
         ("parquet", (".parquet",), list_parquet),
         ("tar", (".tar",), list_tars),
@@ -188,6 +188,10 @@ def _other_tables(tree: FileTree) -> str:
     return f"; {found[0]} is not read" if found else ""
 
 
+def _is_table(name: str) -> bool:
+    return os.path.basename(name).lower() == METADATA
+
+
 def _split(row: dict[str, str | None]) -> str:
     """What a row of a table says of its split; empty if it says nothing."""
     return (row.get("split") or "").strip().lower()
@@ -214,7 +218,7 @@ def _splits_of_folders(names: Sequence[str], table: str, collected: Collected) -
 
 
 def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> None:
-    tables = [name for name in chosen if PurePosixPath(name).name == METADATA]
+    tables = [name for name in chosen if _is_table(name)]
     images = {name for name in chosen if suffix_of(name) in IMAGE_SUFFIXES}
     listed: set[str] = set()
     for table in tables:
@@ -264,5 +268,12 @@ def _list_metadata(tree: FileTree, chosen: list[str], collected: Collected) -> N
                 collected.group(row["label"], row["coarse_label"], f"{table}, line {number}: {excerpt(name)!r}")
             taken = SPLIT_NAMES[split] if split else split_of[name]
             collected.add(taken, row["label"], name, name, size=tree.files[name][0])
+    tops = {name.partition("/")[0] for name in images if "/" in name}
+    of_splits = {folder for folder in tops if folder.lower() in SPLIT_NAMES}
+    if without := sorted(of_splits - {name.partition("/")[0] for name in listed}):
+        raise collected.fail(
+            f"{tables[0]} lists no image of {without[0]}/, and no other {METADATA} does: write one there, or move the "
+            "folder away"
+        )
     for name in sorted(images - listed):
         tree.leave_out(f"not in {METADATA}", name)

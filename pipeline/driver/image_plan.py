@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.data.collected_images import alike_but_for_case
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_ingest import file_count
 from pipeline.data.image_rows import divided
@@ -54,6 +55,7 @@ def show_images(data: DatasetConfig, storage: Storage, console: Console) -> None
         _some("cannot be decoded, by their headers", [f"{name} ({why})" for name, why in headers.corrupt]),
         *(_some(f"left out, {reason}", names) for reason, names in sorted(listing.tree.left_out.items())),
         _shared(find_duplicates(listing)),
+        *filter(None, [alike_but_for_case(listing.label_names)]),
     ]
     for line in lines:
         console.print(escape(mask(line)))

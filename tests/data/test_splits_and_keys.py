@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from own_images import png
 
+from pipeline.data.collected_images import alike_but_for_case
 from pipeline.data.labelled_images import list_images
 from pipeline.data.rows import stratified_split
 
@@ -57,6 +58,27 @@ def test_a_row_without_a_split_among_others_is_named_by_its_line(tmp_path: Path)
 def test_a_table_names_only_images_that_are_below_it(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"line 2: .* is not among the images: mend the line"):
         splits(tmp_path / "own", f"file_name,label\n{name},a\n", ["1.png", "a/2.png"])
+
+
+def test_classes_that_differ_in_case_are_two_and_a_warning() -> None:
+    assert alike_but_for_case(["cat", "dog"]) is None
+    said = alike_but_for_case(["Cat", "cat", "A", "a", "dog"])
+    assert said is not None
+    assert said.startswith(
+        "warning: the classes 'Cat' and 'cat' differ in upper and lower case alone, and so do 1 others:"
+    )
+
+
+def test_a_table_of_one_split_alone_is_refused(tmp_path: Path) -> None:
+    names = ["train/a/1.png", "train/b/2.png", "test/a/3.png"]
+    with pytest.raises(ValueError, match=r"train/metadata.csv lists no image of test/, and no other metadata.csv does"):
+        splits(tmp_path, "file_name,label\na/1.png,a\nb/2.png,b\n", names, "train")
+
+
+def test_the_name_of_a_table_may_have_capitals(tmp_path: Path) -> None:
+    splits(tmp_path, "file_name,label\na/1.png,x\nb/2.png,y\n", ["a/1.png", "b/2.png"])
+    (tmp_path / "metadata.csv").rename(tmp_path / "Metadata.CSV")
+    assert list_images(str(tmp_path)).label_names == ["x", "y"]
 
 
 def write_tar(path: Path, names: list[str]) -> None:
