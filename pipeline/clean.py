@@ -26,7 +26,7 @@ from pipeline.command import end, run_command
 from pipeline.driver.progress import make_console
 from pipeline.masking import MASK
 from pipeline.registry.fetch import registered_uris
-from pipeline.storage import Storage, open_storage
+from pipeline.storage import Storage, mounts_in, open_storage
 from pipeline.tasks.graph import TASKS
 from pipeline.workflow.run import read_manifest
 
@@ -109,7 +109,7 @@ def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
 def _contents(storage: Storage) -> dict[str, Files]:
     """The files of each folder of a task, by its path, without those of other programs and what is behind links."""
     found = {}
-    mounted = mounts_below(storage)
+    mounted = _mounts(storage)
     for task in TASKS:
         home = f"tasks/{task.name}"
         if _is_link(storage, "tasks") or _is_link(storage, home):
@@ -123,17 +123,12 @@ def _contents(storage: Storage) -> dict[str, Files]:
     return {folder: files for folder, files in found.items() if files}
 
 
-def mounts_below(storage: Storage) -> list[str]:
+def _mounts(storage: Storage) -> list[str]:
     """Paths below the root of the storage at which something is mounted, be it a part of the same disk."""
     if not storage.is_local:
         return []
     root = os.path.realpath(storage.root).rstrip("/") + "/"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in file]
-    except OSError:  # a system without /proc
-        return []
-    return sorted({point.removeprefix(root) for point in points if point.startswith(root)})
+    return [point.removeprefix(root) for point in mounts_in(root)]
 
 
 def _is_link(storage: Storage, path: str) -> bool:
@@ -187,7 +182,7 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
         )
     deleted = [item for item in items if not item.needed and item.hours >= options.keep_hours]
     _show(items, deleted, options, console)
-    for point in mounts_below(storage):
+    for point in _mounts(storage):
         console.print(escape(f"not touched, because something is mounted there: {point}"))
     if options.remove:
         for item in deleted:

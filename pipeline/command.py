@@ -39,6 +39,7 @@ REMEDIES = {
     errno.EROFS: _RIGHTS,
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
+    errno.EBUSY: "give the command again",
     errno.EIO: "look at the disk, of which the system log says more",
     errno.ESTALE: _AWAY,
     errno.ENOTCONN: _AWAY,

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,17 @@ def sha256_of_file(path: str | Path) -> str:
     """SHA-256 of a local file in hex, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def mounts_in(folder: str) -> list[str]:
+    """Absolute paths of what is mounted at or below a local folder, be it a part of the same disk; sorted."""
+    root = os.path.realpath(folder)
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split()[4]) for line in file]
+    except OSError:  # a system without /proc
+        return []
+    return sorted({point for point in points if f"{point}/".startswith(f"{root.rstrip('/')}/")})
 
 
 def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Storage":
@@ -220,8 +232,14 @@ class Storage:
         self.write_bytes(path, json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
 
     def delete(self, path: str) -> None:
-        """Removes a file or a tree; one that is not there is no error."""
+        """Removes a file or a tree; one that is not there is no error.
+
+        Raises:
+            OSError: if something is mounted in the tree, which would be emptied.
+        """
         info = self.filesystem.get_file_info(self.fs_path(path))
+        if self.is_local and info.type == pafs.FileType.Directory and (mounted := mounts_in(info.path)):
+            raise OSError(errno.EBUSY, "is mounted, so what it is in is not deleted: unmount it", mounted[0])
         # Another process may be quicker; and some object stores list a folder after its last object is gone.
         with contextlib.suppress(FileNotFoundError):
             if info.type == pafs.FileType.Directory:

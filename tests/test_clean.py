@@ -212,6 +212,24 @@ def test_what_is_mounted_stays(storage: Storage, tmp_path: Path) -> None:
     assert not (root / child).exists(), "it goes when nothing is mounted there"
 
 
+def test_no_tree_is_deleted_in_which_something_is_mounted(tmp_path: Path) -> None:
+    """By whoever deletes: `--force`, a task that removes its earlier attempts, a checkpoint that is not kept."""
+    elsewhere, storage = tmp_path / "else where", Storage(str(tmp_path / "runs"))
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("mine")
+    storage.write_bytes("a/b c/own", b"")
+    with mounted("--bind", elsewhere, tmp_path / "runs" / "a" / "b c"):
+        for path in ("a", "a/b c"):
+            with pytest.raises(
+                OSError, match=r"is mounted, so what it is in is not deleted: unmount it: .*/runs/a/b c"
+            ):
+                storage.delete(path)
+        storage.delete("a/b c/no such")
+        assert (elsewhere / "file").read_text() == "mine"
+    storage.delete("a")
+    assert not storage.exists("a")
+
+
 def test_what_cannot_be_deleted_is_named(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
