@@ -109,7 +109,7 @@ def _check_process() -> None:
 
     Raises:
         ValueError: if names of files would not be those that others see, the current folder is gone, or a folder for
-            temporary files does not answer.
+            temporary files does not answer or is not there.
     """
     encoding = sys.getfilesystemencoding()
     if encoding.lower() != "utf-8":
@@ -125,6 +125,10 @@ def _check_process() -> None:
     for name in ("TMPDIR", "RAY_TMPDIR"):
         if folder := os.environ.get(name):
             check_path(folder, name)
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise ValueError(f"there is no folder for temporary files ({error}): set TMPDIR to one with room") from error
 
 
 def end(code: int) -> NoReturn:

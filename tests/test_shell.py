@@ -1,6 +1,7 @@
 """What a shell can give a command: closed or full outputs, a pipe without a reader, other encodings and modules."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,3 +92,14 @@ def test_modules_of_other_programs_with_the_names_of_this_one(tmp_path: Path) ->
     shutil.copytree(tmp_path, tmp_path / "beside")
     result = shell(PLAN, tmp_path / "beside", PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_folder_for_temporary_files_is_said() -> None:
+    script = "for folder in /tmp /var/tmp /usr/tmp /mnt; do [ ! -d $folder ] || mount -t tmpfs -o ro tmpfs $folder || "
+    script += "exit 99; done; cd /mnt; "
+    hidden = [path for path in (ROOT, Path(sys.executable)) if path.parts[1] in ("tmp", "mnt")]
+    if hidden or shell("unshare -m mount -t tmpfs -o ro tmpfs /mnt").returncode:
+        pytest.skip(f"folders cannot be mounted over here, or hide {hidden}")
+    result = shell(f"unshare -m bash -c '{script} exec {PLAN}'", TMPDIR="/nowhere")
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: there is no folder for temporary files \(.*\): set TMPDIR to one .*\n", result.stderr)
