@@ -13,7 +13,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     # In place of this file's folder, and before what PYTHONPATH names: other programs have a `tune` or `pipeline` too.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[: 0 if sys.flags.safe_path else 1] = [str(Path(__file__).resolve().parents[1])]
 
 from pipeline.command import end, run_command
 from pipeline.settings.command_line import parse

@@ -90,8 +90,9 @@ def test_modules_of_other_programs_with_the_names_of_this_one(tmp_path: Path) ->
     for name in ("tune", "pipeline", "perceiver"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('foreign')")
     shutil.copytree(tmp_path, tmp_path / "beside")
-    result = shell(PLAN, tmp_path / "beside", PYTHONPATH=str(tmp_path))
-    assert (result.returncode, result.stderr) == (0, "")
+    for plan in (PLAN, f"PYTHONSAFEPATH=1 {PLAN}"):
+        result = shell(plan, tmp_path / "beside", PYTHONPATH=str(tmp_path))
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_no_folder_for_temporary_files_is_said() -> None:
