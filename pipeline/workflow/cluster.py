@@ -21,6 +21,7 @@ ANSWER_SECONDS = 5.0
 HTTP2_SETTINGS = b"\x04"
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
 LONGEST_REASON = 400
+SHARED_MEMORY = "/dev/shm"
 LEAST_ROOM = 8 << 20
 """Bytes in the temporary folder without which Ray cannot write its first logs."""
 # Remedies for errors of `ray.init`, by words in them, all in lower case.
@@ -60,7 +61,7 @@ def join_or_start() -> bool:
         else:
             cpus = len(os.sched_getaffinity(0))
             # Without an address Ray would join any cluster that another program runs on this machine.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options, **_place_of_objects())
             _hide_token(Path.home() / ".ray" / "auth_token")
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, OSError, KeyError and errors of its own
         what = f"the cluster at {address} cannot be joined" if address else "Ray cannot be started on this machine"
@@ -86,6 +87,18 @@ def _check_room() -> None:
                 f"Ray cannot be started on this machine: its temporary folder {place} has no room for {LEAST_ROOM:,} "
                 "bytes: make room there, or set RAY_TMPDIR to a folder with a short path that has"
             ) from error
+
+
+def _place_of_objects() -> dict[str, Any]:
+    """Options of `ray.init`: the temporary folder instead of a shared memory that cannot be written, as in a container
+    that is read-only; Ray would wait half a minute for a process that has ended.
+    """
+    try:
+        tempfile.TemporaryFile(dir=SHARED_MEMORY).close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # Ray sees itself that it is full
+            return {"_plasma_directory": os.environ.get("RAY_TMPDIR", tempfile.gettempdir())}
+    return {}
 
 
 def _hide_token(path: Path) -> None:
