@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import socket
 import stat
 import tempfile
@@ -60,9 +61,10 @@ def join_or_start() -> bool:
             ray.init(address=address, **options)
         else:
             cpus = len(os.sched_getaffinity(0))
+            _give_token()
             # Without an address Ray would join any cluster that another program runs on this machine.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options, **_place_of_objects())
-            _hide_token(Path.home() / ".ray" / "auth_token")
+            _hide_token(Path(os.path.expanduser("~")) / ".ray" / "auth_token")
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, OSError, KeyError and errors of its own
         what = f"the cluster at {address} cannot be joined" if address else "Ray cannot be started on this machine"
         reason = " ".join(str(error).split())
@@ -99,6 +101,20 @@ def _place_of_objects() -> dict[str, Any]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # Ray sees itself that it is full
             return {"_plasma_directory": os.environ.get("RAY_TMPDIR", tempfile.gettempdir())}
     return {}
+
+
+def _give_token() -> None:
+    """Gives the cluster of this process a token of its own if Ray can put none into the home of the user."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    try:
+        folder = Path.home() / ".ray"
+        if not (folder / "auth_token").is_file():
+            folder.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(secrets.token_bytes(64))
+    except (OSError, RuntimeError):  # it is read-only, full, or not there
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _hide_token(path: Path) -> None:

@@ -116,19 +116,21 @@ def test_a_temporary_folder_without_room_is_said_at_once(small_disk: Path, monke
     assert time.monotonic() - start < 5, "Ray waits for half a minute"
 
 
-def test_a_shared_memory_that_cannot_be_written_is_done_without(ray_folder: Path) -> None:
+def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_folder: Path) -> None:
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", "/dev/shm"]).returncode:
         pytest.skip("nothing can be mounted here")
     code = """if True:
-        import numpy as np, ray
+        import numpy as np, os, ray
         from pipeline.workflow.cluster import join_or_start
 
         join_or_start()
-        print(ray.get(ray.put(np.ones(2_000_000))).sum())
+        print(ray.get(ray.put(np.ones(2_000_000))).sum(), len(os.environ["RAY_AUTH_TOKEN"]))
     """
-    script = f"mount -t tmpfs -o ro tmpfs /dev/shm && exec {sys.executable} -c '{code}'"
-    environment = os.environ | {"RAY_TMPDIR": str(ray_folder), "RAY_ADDRESS": "local"}
+    places = "for place in /dev/shm /mnt; do mount -t tmpfs -o ro tmpfs $place || exit 99; done"
+    script = f"{places}; exec {sys.executable} -c '{code}'"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"RAY_TMPDIR": str(ray_folder), "RAY_ADDRESS": "local", "HOME": "/mnt"}
     result = subprocess.run(
         ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert (result.returncode, result.stdout) == (0, "2000000.0\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
