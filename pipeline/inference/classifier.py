@@ -5,6 +5,7 @@ Ray's processes import this module. If its classes were defined in the command i
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +35,8 @@ def read(batch: dict[str, np.ndarray], **arguments: Any) -> pa.Table:
 
 class Classifier:
     """An actor that holds the model and classifies parts.
+
+    It may be called from two threads: one classifies, while the other waits for the disk or the object store.
 
     Args:
         files: Contents of the model's files by path, because other hosts do not have the folder of the driver.
@@ -65,6 +68,7 @@ class Classifier:
             with memory_errors(self._remedy):
                 self._apply(np.zeros((1, *model.image_shape), np.uint8))
         self._output, self._batch_size, self._device = output, batch_size, used_device()
+        self._turn = threading.Lock()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Classifies one part and writes its results.
@@ -79,10 +83,11 @@ class Classifier:
         Raises:
             OutOfMemoryError: If the device has too little memory for a batch.
         """
-        began, part = time.time(), rows["part"][0].as_py()
+        part = rows["part"][0].as_py()
         images = rows["image"].combine_chunks().to_numpy_ndarray()
         starts = range(0, len(images), self._batch_size)
-        with memory_errors(self._remedy):
+        with self._turn, memory_errors(self._remedy):
+            began = time.time()
             probabilities = np.concatenate([self._apply(images[i : i + self._batch_size]) for i in starts])
         broken = rows["error"].is_valid().to_numpy()
         winner = probabilities.argmax(axis=1)

@@ -33,6 +33,8 @@ WAIT_SECONDS = 30.0
 JOB_FILE, DONE_FILE = "_job.json", "_done.json"
 READER_CPUS = 0.1
 """CPUs of a task that reads a part; low, so that readers can run next to actors that take all other CPUs."""
+CALLS, QUEUED = 2, 1
+"""Parts that an actor has at a time: one is classified while another is written; and those that wait for it then."""
 READER_BYTES = 1 << 30
 """Memory of such a task, of which so many run at once as the hosts have memory for: the largest image takes as much."""
 
@@ -118,7 +120,12 @@ def _predictions(
         Classifier,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(todo))),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(actors, len(todo)),
+            max_concurrent_calls_per_actor=CALLS,
+            max_tasks_in_flight_per_actor=CALLS + QUEUED,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=max(0.001, options.cpus_per_actor - READER_CPUS),
         num_gpus=1 if options.use_gpu else None,
         fn_constructor_kwargs={
