@@ -122,14 +122,15 @@ def show(rows: list[dict[str, Any]]) -> None:
             ", ".join(str(row["seed"]) for row in own),
             f"{own[0]['epochs']:.3g}",
             f"{own[0]['parameters']:,}",
-            _spread(minutes, "{:.1f}"),
+            spread(minutes, "{:.1f}"),
             f"{statistics.median(speeds):.4g}",
-            *(_spread([row["test"][top] for row in own], "{:.2%}") for top in ("top1", "top5")),
+            *(spread([row["test"][top] for row in own], "{:.2%}") for top in ("top1", "top5")),
         )
     Console(width=150).print(table)
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
+    """Mean of values, with the lowest and the highest if there are several."""
     mean = form.format(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
