@@ -55,6 +55,7 @@ def join_or_start() -> bool:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = address_to_join()
     if not address:
+        _check_interpreter()
         _check_room()
     try:
         if address:
@@ -70,6 +71,18 @@ def join_or_start() -> bool:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what}: {reason[:LONGEST_REASON]} ({type(error).__name__}): {_remedy(error)}") from error
     return address is not None
+
+
+def _check_interpreter() -> None:
+    """Checks that Ray's processes will start, which the variables of Python reach too.
+
+    Raises:
+        ValueError: if they do not, because warnings of libraries are errors for them, or docstrings are left out.
+    """
+    for name, is_bad in (("PYTHONWARNINGS", "error".__eq__), ("PYTHONOPTIMIZE", lambda value: value not in ("0", "1"))):
+        value = os.environ.get(name, "")
+        if any(map(is_bad, (part.partition(":")[0].strip() for part in value.split(",") if part))):
+            raise ValueError(f"{name} = {value}: Ray's processes do not start with it: unset it")
 
 
 def _check_room() -> None:

@@ -45,7 +45,7 @@ def manifest(storage: Storage) -> dict[str, Any]:
         rows = Rows.of(images, labels)
         parts = [rows.take(slice(at, at + ROWS_OF_SHARD)) for at in range(0, len(rows), ROWS_OF_SHARD)]
         shards = [write_rows(part, storage, f"{split}/{number:05d}.parquet") for number, part in enumerate(parts)]
-        splits[split] = {"rows": len(rows), "shards": shards}
+        splits[split] = {"rows": len(rows), "shards": shards, "class_counts": np.bincount(labels).tolist()}
     return {"image_shape": [8, 8, 1], "pixel_mean": [0.2], "pixel_std": [0.2], "splits": splits}
 
 

@@ -134,3 +134,23 @@ def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_
         ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_refused"),
+    [
+        ("PYTHONWARNINGS", "error", True),
+        ("PYTHONWARNINGS", "ignore,error::UserWarning", True),
+        ("PYTHONWARNINGS", "default", False),
+        ("PYTHONOPTIMIZE", "2", True),
+        ("PYTHONOPTIMIZE", "1", False),
+    ],
+)
+def test_variables_of_python_with_which_ray_does_not_start(
+    name: str, value: str, is_refused: bool, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_TMPDIR", str(small_disk))  # what would be said next
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} = {value}: .* unset it" if is_refused else "has no room"):
+        join_or_start()
