@@ -34,6 +34,11 @@ REMEDIES = (
     ),
     (("could not find any running",), "start one with `ray start --head`, or unset RAY_ADDRESS"),
     (("version mismatch",), "install the same versions of Ray and Python as the cluster has"),
+    (
+        ("timed out during startup", "timed out waiting for file"),
+        "this machine is too busy, or one of Ray's processes has ended: give the command again; Ray's logs are in "
+        "ray/session_latest/logs of its temporary folder",
+    ),
     (("af_unix",), "set RAY_TMPDIR to a folder with a short path, such as /tmp"),
     (("no space left",), "make room in HOME and in RAY_TMPDIR (/tmp if not set), or set them to folders with room"),
     (("home directory", "getpwuid", "uid not found"), "set HOME to a folder of this user"),

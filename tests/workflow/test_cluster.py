@@ -154,3 +154,27 @@ def test_variables_of_python_with_which_ray_does_not_start(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name} = {value}: .* unset it" if is_refused else "has no room"):
         join_or_start()
+
+
+def test_a_full_home_gets_a_token_elsewhere(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster._give_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ, "Ray writes it there"
+    with contextlib.suppress(OSError):
+        (small_disk / "all").write_bytes(bytes(4 << 20))
+    monkeypatch.setenv("HOME", str(small_disk))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    cluster._give_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["The current node timed out during startup.", "Timed out waiting for file /tmp/ray/session_1/gcs_server_port_2"],
+)
+def test_a_start_that_takes_too_long_has_a_remedy(said: str) -> None:
+    assert cluster._remedy(RuntimeError(said)).startswith(
+        "this machine is too busy, or one of Ray's processes has ended"
+    )
