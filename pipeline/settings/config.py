@@ -119,6 +119,7 @@ class PipelineConfig:
             cpus_per_worker=self.search.cpus_per_trial,
             checkpoint_every_steps=0,  # one at the end of each epoch, where Tune decides, and none within
             checkpoints_kept=1,
+            reserve=False,  # of processes for a training of seconds
         )
 
     @property

@@ -4,6 +4,8 @@ train.py                starts the workers, and what each of them runs
 streaming.py            which splits the workers stream, and the checks before that
 in_process.py           the same training in the calling process
 tensorflow_backend.py   tells the workers each other's addresses
+failures.py             what a person is told of a training that has failed
+reserve.py              processes that have imported TensorFlow, for workers that have to be started again
 port_filter.py          closes TensorFlow's port to everybody else
 ray_internals.py        the private names of Ray that this project relies on
 """

@@ -5,6 +5,7 @@
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import ray
 
@@ -12,6 +13,11 @@ import ray
 # environment only, and would not say so if they had other names one day.
 POLL_SECONDS_VARIABLE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 START_SECONDS_VARIABLE = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
+IDLE_SECONDS = 365 * 24 * 3600
+"""How long Ray keeps a process that waits for an actor."""
+ANSWER_SECONDS = 10.0
+"""How long the raylet of a host may take to answer."""
 
 # What is used, by module: a name and, after an equals sign, the value that it must have.
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
@@ -22,6 +28,12 @@ PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "ray.train.v2._internal.exceptions": ("WorkerGroupStartupTimeoutError",),
     "ray.train.v2._internal.execution.context": ("get_train_context", "TrainContext"),
     "ray.train.v2._internal.execution.preemption": ("PreemptionContext",),
+    # Of the processes in reserve.
+    "ray._private.runtime_env.setup_hook": ("export_setup_func_callable",),
+    "ray._private.worker": ("global_worker",),
+    "ray._private.grpc_utils": ("init_grpc_channel",),
+    "ray.core.generated.node_manager_pb2": ("PrestartWorkersRequest",),
+    "ray.core.generated.node_manager_pb2_grpc": ("NodeManagerServiceStub",),
 }
 # Fields of dataclasses among them.
 PRIVATE_FIELDS = {
@@ -65,6 +77,53 @@ def start_timed_out(error: BaseException | None) -> bool:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return isinstance(error, WorkerGroupStartupTimeoutError)
+
+
+def on_process_start(function: Callable[[], None]) -> dict[str, Any]:
+    """A runtime environment whose processes call `function` before they get work; an error in it ends the process.
+
+    Ray has this by a public name for all processes of a job alone. Empty where the job of this process has such a
+    function already.
+    """
+    from ray._private.runtime_env.setup_hook import export_setup_func_callable
+    from ray._private.worker import global_worker
+
+    if ray.get_runtime_context().runtime_env.get("worker_process_setup_hook"):
+        return {}
+    return dict(export_setup_func_callable({}, function, global_worker))
+
+
+def start_idle_process() -> None:
+    """Starts a process on this host that waits for an actor with the runtime environment of this one.
+
+    Ray ends it with the job.
+
+    Raises:
+        grpc.RpcError: if the raylet of this host does not answer.
+    """
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # type: ignore[attr-defined]
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+    context = ray.get_runtime_context()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
+    request = PrestartWorkersRequest(
+        job_id=bytes.fromhex(context.get_job_id()), num_workers=1, keep_alive_duration_secs=IDLE_SECONDS
+    )
+    request.runtime_env_info.serialized_runtime_env = context.get_runtime_env_string()
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=ANSWER_SECONDS)
+
+
+def is_idle() -> bool:
+    """Whether this process of the cluster is no actor yet."""
+    return ray.get_runtime_context().get_actor_id() is None
+
+
+def job_name() -> str:
+    """Name of the job of this process, other than those of all other jobs on this host."""
+    context = ray.get_runtime_context()
+    return f"{context.gcs_address}-{context.get_job_id()}"
 
 
 def _find(module: str, name: str) -> object:

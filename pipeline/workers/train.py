@@ -20,16 +20,15 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from perceiver.config import PerceiverConfig
 from pipeline.data.ray_rows import CorruptShardError, materialize_split, to_rows
 from pipeline.data.rows import Rows
-from pipeline.data.shard_cache import CacheError
-from pipeline.data.shard_reader import ShardUnavailableError
 from pipeline.data.streamed_rows import StreamedRows
-from pipeline.devices import DeviceError, OutOfMemoryError, used_device, used_gpus
+from pipeline.devices import OutOfMemoryError, used_device, used_gpus
 from pipeline.storage import CorruptFileError, Storage
-from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError, CheckpointStore
+from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import EpochEnded, Worker
-from pipeline.workers import ray_internals
+from pipeline.workers import ray_internals, reserve
+from pipeline.workers.failures import why
 from pipeline.workers.in_process import TrainingError, train_in_process
 from pipeline.workers.streaming import check_streams, streamed_rows, streamed_splits
 from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError, guard_port
@@ -37,8 +36,8 @@ from pipeline.workflow.channel import Channel
 from pipeline.workflow.task import StoppedEarly
 
 FAILURE_FILE = "failure.json"
-# How often a worker group that cannot start (no room, a broken environment) is tried.
 MAX_START_FAILURES = 3
+"""How often a worker group that cannot start (no room, a broken environment) is tried."""
 # Interval at which Ray's controller asks the workers: a death, a report and the end are noticed that much later.
 POLL_SECONDS = 0.5
 # Interval at which the size of an elastic worker group is compared with what the cluster has.
@@ -116,6 +115,7 @@ def train(
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=storage.absolute(state),
+            worker_runtime_env=reserve.environment() if config.has_reserve else {},
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures,
                 controller_failure_limit=start_failures,  # type: ignore[call-arg]
@@ -134,7 +134,7 @@ def train(
         outcome = trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         if not storage.exists(failed):
-            raise TrainingError(_why(error, config)) from error
+            raise TrainingError(why(error, config)) from error
         outcome = storage.read_json(failed)
     if "corrupt" in outcome:
         raise CorruptShardError(*outcome["corrupt"])
@@ -176,9 +176,12 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank, num_workers = context.get_world_rank(), config.usable_workers(context.get_world_size())
     some_stand_by = num_workers < context.get_world_size()
     newest: str | None = None
+    keep_reserve = reserve.keep_one(context.get_local_rank(), context.get_local_world_size())
 
     def report(metrics: dict[str, Any], folder: Path | None) -> None:
         nonlocal newest
+        if config.has_reserve:
+            keep_reserve()
         if folder is not None:
             newest = store.commit(folder, metrics["epoch"], metrics.get("step", 0), metrics.get("val_loss", math.inf))
         if "loss" in metrics:
@@ -282,20 +285,3 @@ def _leave_out_the_rest(num_workers: int) -> None:
     tf_config = json.loads(os.environ["TF_CONFIG"])
     tf_config["cluster"]["worker"] = tf_config["cluster"]["worker"][:num_workers]
     os.environ["TF_CONFIG"] = json.dumps(tf_config)
-
-
-def _why(error: ray.train.TrainingFailedError, config: TrainingConfig) -> str:
-    """The failure that explains the others: when one worker fails, its peers lose their connection to it."""
-    if ray_internals.start_timed_out(getattr(error, "controller_failure", None)):
-        free = ray.available_resources()
-        return (
-            f"the workers did not start in time: train.num_workers = {config.min_workers} with train.cpus_per_worker = "
-            f"{config.cpus_per_worker:g}{' and a GPU each' if config.use_gpu else ''} found no room, of "
-            f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free now: wait until there are more, "
-            "or take fewer workers; the same command goes on from the last checkpoint"
-        )
-    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-    causes = [getattr(failure, "cause", failure) for failure in failures]  # of Ray's wrapping
-    named = (CheckpointError, DeviceError, WorkerError, ShardUnavailableError, CacheError)
-    explained = [str(cause) for cause in causes if isinstance(cause, named)]
-    return explained[0] if explained else str(error)

@@ -22,7 +22,7 @@ from tune.space import DIMENSIONS
 
 def test_what_says_how_a_run_is_carried_out_is_not_keyed() -> None:
     config = cifar100()
-    execution_of_training = {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "deterministic"}
+    execution_of_training = {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "deterministic", "reserve"}
     execution_of_training |= {"checkpoint_every_steps", "checkpoints_kept", "cache", "cache_gb"}
     sections: list[tuple[Any, set[str]]] = [
         (config.data, {"archive", "path", "max_corrupt", "found"}),
