@@ -1,12 +1,16 @@
 """Speed of a training step of the Perceiver, compared with the published Keras example and with the machine's peak.
 
     python benchmarks/model_step.py [--models ...] [--precisions ...] [--compilers ...] [--rounds N] [--profile MODEL]
+    python benchmarks/model_step.py --peers --cache FOLDER [--precisions mixed_bfloat16] [--cores 0 1]
 
 All models take turns of one step in one process (A B C D A B C D ...), so that a change in the load of the machine
 affects all alike. The results are medians over the turns. The same turns include bare matrix products: the product of
 two large matrices gives the peak of the machine, and the products of each model, forward and backward at their own
 shapes, give the speed that the model would reach if only its products took time. Data feeding and augmentation are
 excluded, except the augmentation of the published example, which is part of its model.
+
+With `--peers` it compares instead a step of `cifar100` with that of the same model in PyTorch and JAX, and with Muon;
+step_turns.py says how.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -24,9 +29,11 @@ import numpy as np
 from matrix_products import product_shapes, products
 from published_example import PUBLISHED_MACS, published
 from step_profile import print_profile
+from step_turns import PACKAGES, compare_steps
 
 from perceiver import Perceiver, presets
 from perceiver.cost import macs_per_image
+from pipeline.devices import cpu_name
 
 PUBLISHED = "published"
 MODELS = (PUBLISHED, "keras_example", "keras_example_fixed", "cifar100")
@@ -63,7 +70,27 @@ def main() -> None:
         "--peak-side", type=int, default=4096, help="side of the square matrices whose product gives the peak"
     )
     parser.add_argument("--profile", choices=MODELS, help="print instead how a step of this model spends its time")
+    peers = [name for name in PACKAGES if name != "keras"]
+    parser.add_argument("--peers", nargs="*", choices=peers, help="compare with these instead; without names, with all")
+    parser.add_argument("--cache", type=Path, help="folder for the environments of the peers, which is kept")
+    parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)), help="of the peers")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a turn of the peers")
     args = parser.parse_args()
+    if args.peers is not None:
+        if args.cache is None:
+            parser.error("--peers needs --cache FOLDER")
+        found = compare_steps(
+            args.peers or peers,
+            args.cache,
+            args.precisions,
+            preset="cifar100",
+            batch=step_size("cifar100", args.batch_size),
+            rounds=args.rounds,
+            steps=args.steps,
+            cores=args.cores,
+        )
+        print(json.dumps({"benchmark": "model_step", "processor": cpu_name(), "cores": len(args.cores)} | found))
+        return
     if args.profile:
         for precision in args.precisions:
             size = step_size(args.profile, args.batch_size)

@@ -27,15 +27,14 @@ import platform
 import shutil
 import statistics
 import subprocess
-import sys
 import time
-import venv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import json_lines
 import numpy as np
+from environments import environment
 from rich.console import Console
 from rich.table import Table
 
@@ -139,7 +138,7 @@ class Entry:
     def __init__(self, name: str, cache: Path, pixels: Path, shards: int, core: int) -> None:
         self.name, self.shards = name, shards
         self._core, self._pixels = core, pixels
-        self._python = environment(name, cache)
+        self._python = environment(name, PEERS.get(name, ()), cache)
         self._folder = cache / f"{pixels.stem}-{name}-{shards}"
         if not self._folder.exists():
             unfinished = self._folder.with_name(f"{self._folder.name}.part")
@@ -189,20 +188,6 @@ class Entry:
     def _command(self, what: str, folder: Path, number: int) -> list[str]:
         script = READERS / f"{self.name}_reader.py"
         return [str(self._python), str(script), what, str(self._pixels), str(folder), str(number)]
-
-
-def environment(name: str, cache: Path) -> Path:
-    """The Python of a reader; makes its environment if it has one of its own that is not there yet."""
-    packages = PEERS.get(name, ())
-    if not packages:
-        return Path(sys.executable)
-    folder = cache / f"environment-{name}"
-    python, done = folder / "bin" / "python", folder / "packages.txt"
-    if not done.exists() or done.read_text() != "\n".join(packages):
-        venv.create(folder, clear=True, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True, stdout=sys.stderr)
-        done.write_text("\n".join(packages))
-    return python
 
 
 def _environment() -> dict[str, str]:
