@@ -107,12 +107,13 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
             progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
         if "train" not in manifests:
             check_initial_model(config)
+        from pipeline.driver.resources import check_machine, connect
+
+        check_machine(config)  # before what takes longer
         if any(task.name == "register" for task in tasks) and "register" not in manifests:
             from pipeline.tracking.artifacts import check_artifacts
 
             check_artifacts(config.tracking_uri, config.tracking.experiment, config.artifact_location)
-        from pipeline.driver.resources import connect
-
         if connect(config, storage, progress.say):
             _outlive_terminal(progress)
         from pipeline.driver.run_log import RunLog

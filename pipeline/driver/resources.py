@@ -35,8 +35,7 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
         GpuError: if TensorFlow cannot use the GPUs of the cluster, and `config` asks for them.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if address_to_join() is None:
-        check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
+    check_machine(config)
     with libraries_to_log():
         joined = join_or_start()
     if joined:
@@ -46,6 +45,12 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
         check_resources(config, ray.cluster_resources(), "the cluster")
     _check_gpus(config, say)
     return joined
+
+
+def check_machine(config: PipelineConfig) -> None:
+    """Compares what the tasks need with what this machine has, if Ray would be started on it; raises as `connect`."""
+    if address_to_join() is None:
+        check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
 
 
 def _check_gpus(config: PipelineConfig, say: Callable[[str], None]) -> None:

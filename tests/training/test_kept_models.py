@@ -70,7 +70,7 @@ def test_a_kept_model_trains_as_a_new_one(recipe: str, monkeypatch: pytest.Monke
     train(other, kept, **dropout)
     with pytest.raises(Stop):  # within its first epoch's report
         train(other, kept, stop_after=1, **dropout)
-    monkeypatch.setattr("pipeline.training.fit.Perceiver", None)  # no other model can be built
+    monkeypatch.setattr("pipeline.training.models.Perceiver", None)  # no other model can be built
     again = train(config, kept, **dropout)
     monkeypatch.undo()
     new = train(config, None, **dropout)

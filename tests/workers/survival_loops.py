@@ -27,7 +27,7 @@ def counting_loop(settings: dict[str, Any]) -> dict[str, Any]:
     import tensorflow as tf
 
     from perceiver.model import Perceiver
-    from pipeline.training import fit, recorder
+    from pipeline.training import fit, models, recorder
 
     rows = to_rows(ray.train.get_dataset_shard("train"))
     epochs = settings["train"]["epochs"]
@@ -63,7 +63,7 @@ def counting_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 log.write(f"{os.getpid()} {before[0]} {before[1]}\n")
         after_step(recorder, batch, logs)
 
-    fit.Perceiver = CountingPerceiver  # type: ignore[attr-defined]
+    models.Perceiver = CountingPerceiver  # type: ignore[misc, assignment]
     # The check before the first step changes a few pixels, by which rows are known here.
     enable = functools.partial(fit.multiworker.enable, check=False)  # type: ignore[attr-defined]
     fit.multiworker.enable = enable  # type: ignore[attr-defined]
