@@ -1,7 +1,7 @@
 """The tasks of a training of a Keras model of one's own: those of the pipeline as far as the evaluation."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.fields import keyed
@@ -22,24 +22,13 @@ def own_model_tasks(model: OwnModel) -> tuple[Task[PipelineConfig], ...]:
     return (
         by_name["ingest"],
         by_name["preprocess"],
-        Task(
-            "train",
-            1,
-            ("preprocess",),
-            lambda config: {"own_model": key, "train": keyed(config.train)},
-            steps.train,
-            by_name["train"].resources,
-            keeps_state=True,
-            stoppable=True,
+        replace(
+            by_name["train"],
+            inputs=("preprocess",),
+            section=lambda config: {"own_model": key, "train": keyed(config.train)},
+            run=steps.train,
         ),
-        Task(
-            "evaluate",
-            1,
-            ("preprocess", "train"),
-            lambda config: {"evaluation": keyed(config.evaluation)},
-            steps.evaluate,
-            by_name["evaluate"].resources,
-        ),
+        replace(by_name["evaluate"], run=steps.evaluate),
     )
 
 

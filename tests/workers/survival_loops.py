@@ -63,7 +63,7 @@ def counting_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 log.write(f"{os.getpid()} {before[0]} {before[1]}\n")
         after_step(recorder, batch, logs)
 
-    models.Perceiver = CountingPerceiver  # type: ignore[misc, assignment]
+    models.Perceiver = CountingPerceiver  # type: ignore[attr-defined]
     # The check before the first step changes a few pixels, by which rows are known here.
     enable = functools.partial(fit.multiworker.enable, check=False)  # type: ignore[attr-defined]
     fit.multiworker.enable = enable  # type: ignore[attr-defined]
