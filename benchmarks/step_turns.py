@@ -1,6 +1,6 @@
 """Training steps of the Perceiver beside the same model in PyTorch and JAX, for `benchmarks/model_step.py --peers`.
 
-`benchmarks/step_peers` has a script for each library, with what is set. PyTorch and JAX run in environments of their
+`benchmarks/step_peers` has a script for each framework, with what is set. PyTorch and JAX run in environments of their
 own, which the first run makes below `--cache` with the versions of `PACKAGES`; that takes some minutes and 7 GB. Each
 case is a process, and the processes compute in turns, so that a change in the load of the machine affects all alike. In
 a turn a process has all of the machine's cores, or those of `--cores`.
@@ -39,14 +39,14 @@ class Case:
 
     Attributes:
         name: Name in the table.
-        library: Key of `PACKAGES`.
+        framework: Key of `PACKAGES`.
         script: File of `step_peers`.
         optimizer: `adamw` or `muon`.
         way: How the script compiles.
     """
 
     name: str
-    library: str
+    framework: str
     script: str
     optimizer: str
     way: str
@@ -80,7 +80,7 @@ def compare_steps(
         `cases` (name, precision, parameters, median and fastest images/s), and for each precision `ratio` to the
         quickest peer and `muon_step`, the time of a step with Muon over that with AdamW.
     """
-    chosen = [case for case in CASES if case.library in ("keras", *peers)]
+    chosen = [case for case in CASES if case.framework in ("keras", *peers)]
     rows: list[dict[str, Any]] = []
     for precision in precisions:
         rows += _measure(chosen, cache, precision, preset, batch, rounds, steps, cores)
@@ -123,14 +123,14 @@ def _measure(
     try:
         ready = {}
         for case in cases:  # one after the other: they compile
-            python = environment(case.library, PACKAGES[case.library], cache)
+            python = environment(case.framework, PACKAGES[case.framework], cache)
             arguments = [preset, precision, str(batch), case.optimizer, case.way]
             processes[case.name] = subprocess.Popen(
                 [str(python), str(SCRIPTS / case.script), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=_variables(case.library, len(cores)),
+                env=_variables(case.framework, len(cores)),
                 preexec_fn=lambda: os.sched_setaffinity(0, cores),  # before it imports anything
             )
             ready[case.name] = _answer(case.name, processes[case.name])
@@ -166,8 +166,8 @@ def _answer(name: str, process: subprocess.Popen[str]) -> Any:
     raise SystemExit(f"the process of {name} ended with exit code {process.wait()}, see above")
 
 
-def _variables(library: str, threads: int) -> dict[str, str]:
-    """The environment of a process, in which each library takes as many threads as it has cores."""
-    own = {"KERAS_BACKEND": "jax" if library == "jax" else "tensorflow", "PYTHONPATH": str(ROOT)}
+def _variables(framework: str, threads: int) -> dict[str, str]:
+    """The environment of a process, in which each framework takes as many threads as it has cores."""
+    own = {"KERAS_BACKEND": "jax" if framework == "jax" else "tensorflow", "PYTHONPATH": str(ROOT)}
     own |= {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu"}
     return os.environ | own | {"OMP_NUM_THREADS": str(threads)}
