@@ -128,7 +128,8 @@ def _mounts(storage: Storage) -> list[str]:
     if not storage.is_local:
         return []
     root = os.path.realpath(storage.root).rstrip("/") + "/"
-    return [point.removeprefix(root) for point in mounts_in(root)]
+    # The storage itself may be a disk of its own.
+    return [point.removeprefix(root) for point in mounts_in(root) if point.startswith(root)]
 
 
 def _is_link(storage: Storage, path: str) -> bool:

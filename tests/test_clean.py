@@ -212,6 +212,15 @@ def test_what_is_mounted_stays(storage: Storage, tmp_path: Path) -> None:
     assert not (root / child).exists(), "it goes when nothing is mounted there"
 
 
+def test_a_storage_on_a_disk_of_its_own_is_cleaned(registry: str, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    with mounted("-t", "tmpfs", "tmpfs", tmp_path / "runs"):
+        storage = make_storage(tmp_path / "runs", registry)
+        _, text = run_clean(storage, remove=True, tracking_uri=registry)
+        assert "mounted" not in text
+        assert not storage.exists(f"tasks/train/{key('c')}")
+
+
 def test_no_tree_is_deleted_in_which_something_is_mounted(tmp_path: Path) -> None:
     """By whoever deletes: `--force`, a task that removes its earlier attempts, a checkpoint that is not kept."""
     elsewhere, storage = tmp_path / "else where", Storage(str(tmp_path / "runs"))
