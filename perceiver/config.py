@@ -5,7 +5,9 @@ It imports neither Keras nor NumPy, so that a command line or a cost estimate, w
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
+
+from perceiver.config_checks import check
 
 
 @dataclass(frozen=True)
@@ -132,85 +134,11 @@ class PerceiverConfig:
         for name in ("image_shape", "pixel_mean", "pixel_std"):  # JSON has no tuples
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        self._check_values()
-        self._check_image()
-        self._check_heads()
-
-    def _check_values(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
-                self._require(value in get_args(hint), name, f"choose one of {', '.join(get_args(hint))}")
-            elif hint in (int, int | None) and name not in ("seed", "num_classes") and value is not None:
-                least = 0 if name == "input_mlp_widening_factor" else 1
-                self._require(value >= least, name, f"give at least {least}")
-        self._require(self.conv_pool_size >= 2, "conv_pool_size", "give at least 2, the stride")
-        self._require(self.num_classes >= 2, "num_classes", "give at least 2")
-        is_shape = len(self.image_shape) == 3 and min(self.image_shape) >= 1
-        self._require(is_shape, "image_shape", "give height, width and channels, each at least 1")
-        for name in ("dropout", "attention_dropout", "logits_dropout"):
-            self._require(0 <= getattr(self, name) < 1, name, "give a rate in [0, 1)")
-        for name in ("layer_norm_epsilon", "init_std"):
-            self._require(0 < getattr(self, name) < math.inf, name, "give a positive number")
-        channels = self.image_shape[2]
-        for name in ("pixel_mean", "pixel_std"):
-            value = getattr(self, name)
-            if value is not None:
-                self._require(len(value) == channels, name, f"give one number for each of {channels} channels")
-                self._require(all(map(math.isfinite, value)), name, "give finite numbers")
-        self._require(self.pixel_std is None or min(self.pixel_std) > 0, "pixel_std", "give positive numbers")
-        self._require(self.seed is None or 0 <= self.seed < 2**31, "seed", "give a number in [0, 2**31)")
-        if self.attention_dropout:
-            chunk_size = self.attention_chunk_size
-            remedy = f"set it to 0, since model.attention_chunk_size = {chunk_size} never holds the weights"
-            self._require(chunk_size is None, "attention_dropout", remedy)
-            remedy = "set it to 0, since model.remat would draw another mask in the backward pass"
-            self._require(not self.remat, "attention_dropout", remedy)
-
-    def _require(self, condition: bool, name: str, remedy: str) -> None:
-        if not condition:
-            raise ValueError(f"model.{name} = {getattr(self, name)}: {remedy}")
-
-    def _check_image(self) -> None:
-        height, width = self.resized_shape
-        if self.stem == "patches" and math.gcd(height, width) % self.patch_size:
-            choices = ", ".join(map(str, _divisors(math.gcd(height, width))))
-            raise ValueError(
-                f"model.patch_size = {self.patch_size} does not divide the image of {height} x {width} pixels: "
-                f"choose one of {choices}"
-            )
-        if self.stem == "conv":
-            most = (max(height, width) - 1).bit_length()
-            remedy = f"an image of {height} x {width} pixels can be halved {most} times: give at most {most}"
-            self._require(self.num_conv_layers <= most, "num_conv_layers", remedy)
-
-    def _check_heads(self) -> None:
-        data_width = "the width of the data array" if self.data_dim is None or self._joins else "model.data_dim"
-        widths = [
-            ("num_cross_attention_heads", "cross_attention_qk_dim", self.cross_qk_dim, data_width),
-            ("num_cross_attention_heads", "cross_attention_v_dim", self.cross_v_dim, "model.cross_attention_qk_dim"),
-            ("num_self_attention_heads", "self_attention_qk_dim", self.self_qk_dim, "model.latent_dim"),
-            ("num_self_attention_heads", "self_attention_v_dim", self.self_v_dim, "model.self_attention_qk_dim"),
-        ]
-        if self.head == "query":
-            widths.append(("num_cross_attention_heads", "latent_dim", self.latent_dim, ""))
-        for heads_name, width_name, width, source in widths:
-            heads = getattr(self, heads_name)
-            if width % heads:
-                origin = f" (= {source})" if getattr(self, width_name) is None else ""
-                choices = ", ".join(map(str, _divisors(width)))
-                raise ValueError(
-                    f"model.{heads_name} = {heads} does not divide model.{width_name} = {width}{origin}: "
-                    f"choose one of {choices}"
-                )
-        if not self.cross_attention_output_projection and self.cross_v_dim != self.latent_dim:
-            raise ValueError(
-                f"model.cross_attention_v_dim = {self.cross_v_dim}: without an output projection it has to be "
-                f"model.latent_dim = {self.latent_dim}"
-            )
+        check(self)
 
     @property
-    def _joins(self) -> bool:
+    def joins(self) -> bool:
+        """Whether positions are concatenated to the inputs."""
         return self.position_encoding != "none" and self.position_combination == "concat"
 
     @property
@@ -251,14 +179,14 @@ class PerceiverConfig:
             return 0
         if self.position_encoding == "fourier":
             return 4 * self.num_fourier_bands + 2 * self.include_positions
-        if self._joins and self.learned_position_dim is not None:
+        if self.joins and self.learned_position_dim is not None:
             return self.learned_position_dim
         return self.projected_dim
 
     @property
     def data_width(self) -> int:
         """Width C of the data array."""
-        return self.projected_dim + (self.position_dim if self._joins else 0)
+        return self.projected_dim + (self.position_dim if self.joins else 0)
 
     @property
     def cross_qk_dim(self) -> int:
@@ -294,7 +222,3 @@ class PerceiverConfig:
         if not self.share_weights:
             return tuple(range(self.num_iterations))
         return tuple(0 if share_first else min(i, 1) for i in range(self.num_iterations))
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
