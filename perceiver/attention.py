@@ -15,6 +15,7 @@ from keras import layers, ops
 from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
 from perceiver.dot_product_attention import attention_of
 from perceiver.implementations import implementations
+from perceiver.spatial_prior import SpatialPrior
 
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
@@ -34,6 +35,7 @@ class MultiHeadAttention(keras.layers.Layer):
         scale: "inverse_sqrt" or "learned".
         dropout: Dropout rate on the attention weights.
         chunk_size: Number of keys processed at once, in an online softmax; None: all of them.
+        grid: Rows and columns of the grid that the data flattens, for a `SpatialPrior` of the N rows; None: no prior.
         seed: Seed of the dropout masks; None: a random one.
 
     Call: rows (B or 1, N, D) and data (B, M, C) -> (B, N, output_dim). With `keys_values`, which the method of that
@@ -56,6 +58,7 @@ class MultiHeadAttention(keras.layers.Layer):
         scale: str = "inverse_sqrt",
         dropout: float = 0.0,
         chunk_size: int | None = None,
+        grid: tuple[int, int] | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -67,6 +70,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.scale = scale
         self.dropout = dropout
         self.chunk_size = chunk_size
+        self.grid = None if grid is None else (grid[0], grid[1])
         self.seed = seed
 
     def build(self, rows_shape: Shape, data_shape: Shape) -> None:
@@ -81,11 +85,16 @@ class MultiHeadAttention(keras.layers.Layer):
             self.output_projection.build((*rows_shape[:-1], self.v_dim))
         if self.scale == "learned":
             self.factor = self.add_weight(shape=(), initializer="ones", name="factor")
+        self.prior = None
+        if self.grid is not None:
+            self.prior = SpatialPrior(self.grid, self.num_heads, rows_shape[-2], name="prior", dtype=self.dtype_policy)
+            self.prior.build((None, self.num_heads, rows_shape[-2], self.qk_dim // self.num_heads))
         self.weights_dropout = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
 
     def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C) -> keys (B, H, M, qk_dim / H) and values (B, H, M, v_dim / H)."""
-        return _split_heads(self.key(data), self.num_heads), _split_heads(self.value(data), self.num_heads)
+        """(B, M, C) -> keys (B, H, M, qk_dim / H), with a prior 4 wider, and values (B, H, M, v_dim / H)."""
+        keys, values = _split_heads(self.key(data), self.num_heads), _split_heads(self.value(data), self.num_heads)
+        return keys if self.prior is None else self.prior.extend_keys(keys), values
 
     def call(
         self,
@@ -99,6 +108,8 @@ class MultiHeadAttention(keras.layers.Layer):
         keys, values = self.keys_values(data) if keys_values is None else keys_values
         factor = self.factor if self.scale == "learned" else 1 / math.sqrt(self.qk_dim // self.num_heads)
         queries = _split_heads(self.query(rows) * factor, self.num_heads)
+        if self.prior is not None:
+            queries = self.prior(queries)
         # Not left to the matmul: TensorFlow 2.21 with oneDNN corrupts memory when it broadcasts a batch of one.
         queries = ops.broadcast_to(queries, (ops.shape(keys)[0], *queries.shape[1:]))
         mask = attention_mask
@@ -128,6 +139,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "scale": self.scale,
             "dropout": self.dropout,
             "chunk_size": self.chunk_size,
+            "grid": self.grid,
             "seed": self.seed,
         }
 

@@ -185,6 +185,7 @@ class CrossAttentionBlock(_Block):
         residual: What the skip connections carry, "input" or (as in the published Keras example) "normalised".
         use_output_projection: Whether the attention ends with a linear layer; if not, `v_dim` has to be D.
         chunk_size: Rows of the data array processed at once; None: all of them.
+        grid: Rows and columns of the grid that the data array flattens, for a `SpatialPrior`; None: no prior.
 
     Call: latents (B or 1, N, D) and data (B, M, C) -> (B, N, D); `keys_values`, `attention_mask` and
     `return_weights` as in `MultiHeadAttention`.
@@ -201,6 +202,7 @@ class CrossAttentionBlock(_Block):
         residual: str = "input",
         use_output_projection: bool = True,
         chunk_size: int | None = None,
+        grid: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -208,12 +210,14 @@ class CrossAttentionBlock(_Block):
         self.residual = residual
         self.use_output_projection = use_output_projection
         self.chunk_size = chunk_size
+        self.grid = None if grid is None else (grid[0], grid[1])
 
     def build(self, latents_shape: Shape, data_shape: Shape) -> None:
         self.latents_norm = self._norm(latents_shape, "latents_norm")
         self.data_norm = self._norm(data_shape, "data_norm")
         output_dim = latents_shape[-1] if self.use_output_projection else None
-        self._build(latents_shape, data_shape, output_dim, scale=self.scale, chunk_size=self.chunk_size)
+        arguments = {"scale": self.scale, "chunk_size": self.chunk_size, "grid": self.grid}
+        self._build(latents_shape, data_shape, output_dim, **arguments)
 
     def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a data array (B, M, C), to be shared by several calls."""
@@ -258,4 +262,5 @@ class CrossAttentionBlock(_Block):
             "residual": self.residual,
             "use_output_projection": self.use_output_projection,
             "chunk_size": self.chunk_size,
+            "grid": self.grid,
         }

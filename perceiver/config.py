@@ -36,6 +36,8 @@ class PerceiverConfig:
     """What becomes a row of the data array: a pixel, a patch, or a cell of a small convolutional feature map."""
     patch_size: int = 4
     """Side in pixels of a square patch, for the `patches` stem."""
+    patch_whitening: bool = False
+    """Whether the `pixels` and `patches` stems decorrelate each row by the covariance of natural images."""
     num_conv_layers: int = 2
     """3 x 3 convolutions in the `conv` stem; each is followed by a max-pooling that halves both sides, rounded up."""
     conv_channels: int = 64
@@ -44,6 +46,8 @@ class PerceiverConfig:
     """Factor by which channels grow from one convolution of the `conv` stem to the next, up to `conv_channels`."""
     conv_pool_size: int = 2
     """Side of the max-pooling windows of the `conv` stem; the stride is 2, so that larger windows overlap."""
+    num_conv_residuals: int = 0
+    """3 x 3 convolutions of the `conv` stem after its last pooling, each with a skip connection around it."""
     data_dim: int | None = 128
     """Width to which rows of the data array are projected before positions are joined; None keeps the stem's width."""
     position_encoding: Literal["fourier", "learned", "none"] = "learned"
@@ -87,6 +91,8 @@ class PerceiverConfig:
     """Hidden width of the MLP after a cross-attention, in multiples of D."""
     self_attention_widening_factor: int = 1
     """Hidden width of the MLP after a self-attention, in multiples of D."""
+    cross_attention_prior: bool = False
+    """Whether each head of each latent starts to look at a place of its own in the grid, by a learned Gaussian."""
     share_weights: bool = True
     """Whether iterations share their weights; false gives every cross-attend and latent transformer its own."""
     share_first_cross_attention: bool = False

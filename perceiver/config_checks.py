@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, get_args, get_type_hints
 if TYPE_CHECKING:
     from perceiver.config import PerceiverConfig
 
+MOST_WHITENED = 4096
+"""Values of a patch that may be whitened; the matrix then has 64 MiB."""
+
 
 def check(config: PerceiverConfig) -> None:
     """Raises ValueError if a value is out of range or two values contradict each other."""
@@ -22,7 +25,7 @@ def _check_values(config: PerceiverConfig) -> None:
         if get_args(hint) and all(isinstance(choice, str) for choice in get_args(hint)):
             _require(config, value in get_args(hint), name, f"choose one of {', '.join(get_args(hint))}")
         elif hint in (int, int | None) and name not in ("seed", "num_classes") and value is not None:
-            least = 0 if name == "input_mlp_widening_factor" else 1
+            least = 0 if name in ("input_mlp_widening_factor", "num_conv_residuals") else 1
             _require(config, value >= least, name, f"give at least {least}")
     _require(config, config.conv_pool_size >= 2, "conv_pool_size", "give at least 2, the stride")
     _require(config, config.num_classes >= 2, "num_classes", "give at least 2")
@@ -61,7 +64,16 @@ def _check_image(config: PerceiverConfig) -> None:
             f"model.patch_size = {config.patch_size} does not divide the image of {height} x {width} pixels: "
             f"choose one of {choices}"
         )
+    if config.stem == "patches" and config.patch_whitening:
+        values = config.patch_size**2 * config.image_shape[2]
+        remedy = (
+            f"whitening multiplies the {values:,} values of a patch by a square matrix: give smaller patches, at most "
+        )
+        remedy += f"{math.isqrt(MOST_WHITENED // config.image_shape[2])}, or set model.patch_whitening to False"
+        _require(config, values <= MOST_WHITENED, "patch_size", remedy)
     if config.stem == "conv":
+        remedy = "the conv stem has no patches: leave it off, or choose the stem pixels or patches"
+        _require(config, not config.patch_whitening, "patch_whitening", remedy)
         most = (max(height, width) - 1).bit_length()
         remedy = f"an image of {height} x {width} pixels can be halved {most} times: give at most {most}"
         _require(config, config.num_conv_layers <= most, "num_conv_layers", remedy)

@@ -22,6 +22,7 @@ def parameter_count(config: PerceiverConfig) -> int:
     if not c.cross_attention_output_projection:
         cross -= _dense(c.cross_v_dim, c.latent_dim)
     cross += c.cross_attention_scale == "learned"
+    cross += 4 * c.num_cross_attention_heads * c.num_latents * c.cross_attention_prior
     cross += 2 * c.latent_dim + 2 * c.data_width + _mlp_parameters(c.latent_dim, c.cross_attention_widening_factor)
     block = _attention_parameters(c.latent_dim, c.latent_dim, c.self_qk_dim, c.self_v_dim)
     block += 2 * c.latent_dim + _mlp_parameters(c.latent_dim, c.self_attention_widening_factor)
@@ -43,7 +44,8 @@ def macs_per_image(config: PerceiverConfig) -> int:
 
     FLOPs are usually counted as twice this number, and a training step takes about three times as many. Keys and values
     of a cross-attend count once, however many iterations share it. The queries of the first cross-attend, which are the
-    same for all images of a batch, and the projection of Fourier features count in full.
+    same for all images of a batch, and the projection of Fourier features count in full. The product of whitening and
+    projection, which is computed once a batch, does not count.
     """
     c = config
     macs = _stem_macs(c)
@@ -54,6 +56,7 @@ def macs_per_image(config: PerceiverConfig) -> int:
     output = c.cross_attention_output_projection
     cross = _queries_macs(c.num_latents, c.latent_dim, c.num_inputs, c.cross_qk_dim, c.cross_v_dim, output)
     cross += _mlp_macs(c.num_latents, c.latent_dim, c.cross_attention_widening_factor)
+    cross += _prior_width(c) * c.num_latents * c.num_inputs
     block = c.num_latents * c.latent_dim * (c.self_qk_dim + c.self_v_dim)
     block += _queries_macs(c.num_latents, c.latent_dim, c.num_latents, c.self_qk_dim, c.self_v_dim)
     block += _mlp_macs(c.num_latents, c.latent_dim, c.self_attention_widening_factor)
@@ -80,10 +83,11 @@ def activation_bytes_per_image(config: PerceiverConfig) -> int:
         for layer, channels in enumerate(c.conv_widths[1:]):
             # before and after the pooling
             values += channels * (_cells(height, width, layer) + _cells(height, width, layer + 1))
+        values += 2 * c.num_conv_residuals * c.num_inputs * c.projected_dim
     values += 2 * c.num_inputs * c.data_width  # data array, normalised data array
     if c.input_mlp_widening_factor:  # the normalised rows; before and after GELU; the sum
         values += 2 * c.num_inputs * (1 + c.input_mlp_widening_factor) * c.data_width
-    values += len(set(c.cross_attend_order)) * c.num_inputs * (c.cross_qk_dim + c.cross_v_dim)
+    values += len(set(c.cross_attend_order)) * c.num_inputs * (c.cross_qk_dim + _prior_width(c) + c.cross_v_dim)
 
     def block(num_inputs: int, heads: int, qk_dim: int, v_dim: int, widening_factor: int, chunk: int | None) -> int:
         kept = 4 * n * d  # the inputs of attention and MLP, before and after their LayerNorms
@@ -95,7 +99,7 @@ def activation_bytes_per_image(config: PerceiverConfig) -> int:
     cross = block(
         c.num_inputs,
         c.num_cross_attention_heads,
-        c.cross_qk_dim,
+        c.cross_qk_dim + _prior_width(c),
         c.cross_v_dim,
         c.cross_attention_widening_factor,
         c.attention_chunk_size,
@@ -136,7 +140,8 @@ def _cells(height: int, width: int, layers: int) -> int:
 
 def _stem_parameters(c: PerceiverConfig) -> int:
     if c.stem == "conv":
-        return sum(_dense(9 * a, b) for a, b in pairwise(c.conv_widths))
+        residual = _dense(9 * c.projected_dim, c.projected_dim)
+        return sum(_dense(9 * a, b) for a, b in pairwise(c.conv_widths)) + c.num_conv_residuals * residual
     return 0 if c.data_dim is None else _dense(_patch_width(c), c.data_dim)
 
 
@@ -144,8 +149,17 @@ def _stem_macs(c: PerceiverConfig) -> int:
     if c.stem == "conv":
         height, width = c.resized_shape
         products = [9 * a * b for a, b in pairwise(c.conv_widths)]
-        return sum(_cells(height, width, layer) * product for layer, product in enumerate(products))
-    return 0 if c.data_dim is None else c.num_inputs * _patch_width(c) * c.data_dim
+        residuals = c.num_conv_residuals * c.num_inputs * 9 * c.projected_dim**2
+        return sum(_cells(height, width, layer) * product for layer, product in enumerate(products)) + residuals
+    width = _patch_width(c)
+    if c.data_dim is None:
+        return c.num_inputs * width**2 if c.patch_whitening else 0
+    return c.num_inputs * width * c.data_dim
+
+
+def _prior_width(c: PerceiverConfig) -> int:
+    """By how much queries and keys, all heads together, are wider with a `SpatialPrior`."""
+    return 4 * c.num_cross_attention_heads * c.cross_attention_prior
 
 
 def _patch_width(c: PerceiverConfig) -> int:

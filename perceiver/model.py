@@ -73,12 +73,13 @@ class Perceiver(keras.Model):
                 config.data_dim,
                 config.conv_pool_size,
                 config.conv_channel_growth,
+                config.num_conv_residuals,
                 name="stem",
                 dtype=dtype,
             )
         else:
             patch_size = config.patch_size if config.stem == "patches" else 1
-            self.stem = PatchStem(patch_size, config.data_dim, name="stem", dtype=dtype)
+            self.stem = PatchStem(patch_size, config.data_dim, config.patch_whitening, name="stem", dtype=dtype)
         self.stem.build((None, *size, config.image_shape[2]))
         self.positions = None
         if config.position_encoding == "fourier":
@@ -127,6 +128,7 @@ class Perceiver(keras.Model):
                 residual=config.residual,
                 use_output_projection=config.cross_attention_output_projection,
                 chunk_size=config.attention_chunk_size,
+                grid=config.grid if config.cross_attention_prior else None,
                 seed=next(seeds),
                 name=f"cross_attend_{i}",
                 **self._block_arguments(),

@@ -4,6 +4,7 @@ Images are transferred as uint8. They are cast, normalised and resized here in t
 under mixed precision); the result, the input of the stem, is in the compute precision.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import keras
 import numpy as np
 from keras import KerasTensor as Tensor
 from keras import layers, ops
+
+from perceiver.whitening import patch_whitening
 
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
@@ -70,6 +73,7 @@ class PatchStem(keras.layers.Layer):
     Args:
         patch_size: Side of a patch in pixels; 1 makes every pixel a row.
         units: Width of the projection; None: no projection.
+        whitening: Whether patches are decorrelated first (`perceiver.whitening`).
 
     Call: (B, H, W, channels) -> (B, H W / patch_size**2, units or patch_size**2 * channels).
 
@@ -78,15 +82,17 @@ class PatchStem(keras.layers.Layer):
         (1, 4, 32)
     """
 
-    def __init__(self, patch_size: int = 1, units: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, patch_size: int = 1, units: int | None = None, whitening: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.patch_size = patch_size
         self.units = units
+        self.whitening = whitening
 
     def build(self, input_shape: Shape) -> None:
         if self.units is not None:
             self.projection = layers.Dense(self.units, name="projection", dtype=self.dtype_policy)
             self.projection.build((None, None, self.patch_size**2 * input_shape[-1]))
+        self.matrix = patch_whitening(self.patch_size, input_shape[-1]) if self.whitening else None
 
     def call(self, images: Tensor) -> Tensor:
         height, width, channels = images.shape[1:]
@@ -96,7 +102,13 @@ class PatchStem(keras.layers.Layer):
             x = ops.reshape(x, (-1, height // p, p, width // p, p, channels))
             x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
         x = ops.reshape(x, (-1, (height // p) * (width // p), p * p * channels))
-        return x if self.units is None else self.projection(x)
+        if self.matrix is None:
+            return x if self.units is None else self.projection(x)
+        matrix = ops.cast(self.matrix, self.compute_dtype)
+        if self.units is None:
+            return ops.matmul(x, matrix)
+        # Both products in one: the two matrices are multiplied once a batch instead of once a row.
+        return ops.matmul(x, ops.matmul(matrix, self.projection.kernel)) + self.projection.bias
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         batch, height, width, channels = input_shape
@@ -104,13 +116,14 @@ class PatchStem(keras.layers.Layer):
         return batch, rows, self.patch_size**2 * channels if self.units is None else self.units
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "patch_size": self.patch_size, "units": self.units}
+        return {**super().get_config(), "patch_size": self.patch_size, "units": self.units, "whitening": self.whitening}
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
 class ConvStem(keras.layers.Layer):
     """3 x 3 convolutions, each followed by max-pooling with stride 2 and a ReLU; a cell of the last map is a row.
 
+    Further convolutions may follow at the last size, each with a ReLU and a skip connection around it. Before them, the
     ReLU commutes with the pooling and comes after it, where it is a quarter of the work.
 
     Args:
@@ -119,6 +132,7 @@ class ConvStem(keras.layers.Layer):
         units: Channels of the last convolution; None: `channels`.
         pool_size: Side of the pooling windows; above 2 they overlap.
         channel_growth: Factor by which channels grow from one convolution to the next, up to `channels`.
+        num_residuals: Number of 3 x 3 convolutions after the last pooling.
 
     Call: (B, H, W, channels) -> (B, rows, units), where rows is the product of H / 2**num_layers and
     W / 2**num_layers, both rounded up.
@@ -135,6 +149,7 @@ class ConvStem(keras.layers.Layer):
         units: int | None = None,
         pool_size: int = 2,
         channel_growth: int = 1,
+        num_residuals: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -143,25 +158,29 @@ class ConvStem(keras.layers.Layer):
         self.units = units
         self.pool_size = pool_size
         self.channel_growth = channel_growth
+        self.num_residuals = num_residuals
 
     def build(self, input_shape: Shape) -> None:
         inner = [max(1, self.channels // self.channel_growth**i) for i in range(self.num_layers - 1)]
         widths = [*reversed(inner), self.units or self.channels]
-        self.convolutions = []
-        width = input_shape[-1]
-        for i, filters in enumerate(widths):
-            convolution = layers.Conv2D(
-                filters,
-                3,
-                padding="same",
-                data_format="channels_last",
-                kernel_initializer="he_normal",
-                name=f"convolution_{i}",
-                dtype=self.dtype_policy,
-            )
-            convolution.build((None, None, None, width))
-            self.convolutions.append(convolution)
-            width = filters
+        widths = [input_shape[-1], *widths]
+        self.convolutions = [
+            self._convolution(f"convolution_{i}", *pair) for i, pair in enumerate(itertools.pairwise(widths))
+        ]
+        self.residuals = [self._convolution(f"residual_{i}", widths[-1], widths[-1]) for i in range(self.num_residuals)]
+
+    def _convolution(self, name: str, channels: int, filters: int) -> layers.Conv2D:
+        convolution = layers.Conv2D(
+            filters,
+            3,
+            padding="same",
+            data_format="channels_last",
+            kernel_initializer="he_normal",
+            name=name,
+            dtype=self.dtype_policy,
+        )
+        convolution.build((None, None, None, channels))
+        return convolution
 
     def call(self, images: Tensor) -> Tensor:
         x = images
@@ -169,6 +188,8 @@ class ConvStem(keras.layers.Layer):
             x = convolution(x)
             x = ops.max_pool(x, self.pool_size, strides=2, padding="same", data_format="channels_last")
             x = ops.relu(x)
+        for convolution in self.residuals:
+            x = x + ops.relu(convolution(x))
         return ops.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
@@ -184,4 +205,5 @@ class ConvStem(keras.layers.Layer):
             "units": self.units,
             "pool_size": self.pool_size,
             "channel_growth": self.channel_growth,
+            "num_residuals": self.num_residuals,
         }

@@ -29,8 +29,14 @@ class ModelConfig(PerceiverConfig):
     pixel_std: tyro.conf.Fixed[tuple[float, ...] | None] = None
     conv_channel_growth: int = field(default=1, metadata=ADDED_LATER)
     """Factor by which channels grow from one convolution of the `conv` stem to the next, up to `conv_channels`."""
+    num_conv_residuals: int = field(default=0, metadata=ADDED_LATER)
+    """3 x 3 convolutions of the `conv` stem after its last pooling, each with a skip connection around it."""
     input_mlp_widening_factor: int = field(default=0, metadata=ADDED_LATER)
     """Hidden width of an MLP on each row of the data array by itself, in multiples of C; 0: no such MLP."""
+    patch_whitening: bool = field(default=False, metadata=ADDED_LATER)
+    """Whether the `pixels` and `patches` stems decorrelate each row by the covariance of natural images."""
+    cross_attention_prior: bool = field(default=False, metadata=ADDED_LATER)
+    """Whether each head of each latent starts to look at a place of its own in the grid, by a learned Gaussian."""
 
 
 @dataclass(frozen=True)
