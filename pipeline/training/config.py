@@ -62,6 +62,8 @@ class TrainingConfig:
     """Rows of a step over all workers; `num_workers` must divide it."""
     optimizer: Literal["adam", "adamw", "lamb", "muon", "sgd"] = "adamw"
     """Optimizer; `sgd` has a momentum of 0.9, `muon` is AdamW for all but the kernels within the model."""
+    muon_steps: int = field(default=5, metadata=ADDED_LATER)
+    """Newton-Schulz iterations of `muon`; fewer cost less and orthogonalise less precisely."""
     learning_rate: float = 2e-3
     """Highest learning rate."""
     learning_rate_schedule: Literal["cosine", "plateau", "constant"] = "cosine"
@@ -113,6 +115,7 @@ class TrainingConfig:
         for name in (
             "epochs",
             "global_batch_size",
+            "muon_steps",
             "checkpoints_kept",
             "plateau_patience",
             "early_stopping_patience",

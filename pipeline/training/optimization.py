@@ -141,7 +141,13 @@ def optimizer(
         # logits is a classifier, for which Jordan et al. (2024) advise against it.
         kernels = {id(v) for v in model.trainable_variables if v.name == "kernel"} - {id(_classifier(model))}
         others = [f"^{re.escape(v.path)}$" for v in model.trainable_variables if id(v) not in kernels]
-        made = Muon(rate, weight_decay=decay, adam_weight_decay=decay, exclude_layers=others)
+        made = Muon(
+            rate,
+            weight_decay=decay,
+            adam_weight_decay=decay,
+            exclude_layers=others,
+            ns_steps=config.muon_steps,
+        )
     elif config.optimizer == "lamb":
         made = keras.optimizers.Lamb(rate, weight_decay=decay)
     else:

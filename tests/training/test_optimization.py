@@ -66,10 +66,27 @@ def test_muon_is_for_the_matrices_and_convolutions_within_the_model() -> None:
         muons.append(variable)
         step = step.reshape(-1, step.shape[-1])
         singular = np.linalg.svd(step / (0.2 * np.sqrt(max(step.shape))), compute_uv=False)
-        assert 0.6 < singular.min() <= singular.max() < 1.3, variable.path
+        assert 0.5 < singular.min() <= singular.max() < 1.3, variable.path
     kernels = [v for v in variables if v.name == "kernel" and v is not model.logits.kernel]
     assert {v.ndim for v in kernels} == {2, 4}
     assert [v.path for v in muons] == [v.path for v in kernels], "not the latents, nor the classifier"
+
+
+def test_fewer_steps_of_muon_orthogonalise_less_precisely() -> None:
+    def spread(steps: int) -> float:
+        """Of the singular values of the first update of the first kernel: the highest by the lowest."""
+        model = small_perceiver()
+        made = optimizer(replace(CONFIG, optimizer="muon", weight_decay=0.0, muon_steps=steps), model, 10)
+        kernel = model.cross_attends[0].mlp.hidden.kernel
+        before, random = kernel.numpy(), np.random.default_rng(0)
+        variables = model.trainable_variables
+        made.apply([tf.constant(random.normal(size=v.shape), v.dtype) for v in variables], variables)
+        singular = np.linalg.svd(before - kernel.numpy(), compute_uv=False)
+        return singular.max() / singular.min()
+
+    spreads = [spread(steps) for steps in (1, 3, 5)]
+    assert spreads == sorted(spreads, reverse=True)
+    assert spreads[2] < 2 < 3 < spreads[0]
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 48), (48, 24)])
