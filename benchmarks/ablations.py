@@ -3,13 +3,15 @@
     python benchmarks/ablations.py cifar100 --archive cifar-100-python.tar.gz --record ablations.jsonl
     python benchmarks/ablations.py cifar100 --archive ... --steps 2000 --only "no CutMix" AdamW
     python benchmarks/ablations.py paper --archive ... --equal steps --seeds 0 1 2
+    python benchmarks/ablations.py cifar100_pixels --archive ... --equal operations --steps 1000 --seeds 0 1 2
     python benchmarks/ablations.py digits --steps 900 --seeds 0 1 2
 
 The studies are in ablation_studies.py. The base of a study is a preset with some settings changed; each variant changes
 further settings. Every variant gets the same budget: the time that the base needs for `--steps` training steps on one
 core. The step of a variant is timed first, in turns with a step of the base, and the budget is divided by it. The load
-of the machine during the training therefore does not affect the result. With `--equal steps` each variant gets as many
-steps as the base. The learning-rate schedule always ends with the budget.
+of the machine during the training therefore does not affect the result. With `--equal operations` the
+multiply-accumulates of a step take the place of its time, and with `--equal steps` each variant gets as many steps as
+the base. The learning-rate schedule always ends with the budget.
 
 Each finished training is appended to `--record` as a line, and the same command continues from there. Accuracy is
 measured on the validation rows; the test rows are not read.
@@ -48,7 +50,9 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
     parser.add_argument("--steps", type=int, default=600, help="training steps of the base that set the budget")
-    parser.add_argument("--equal", choices=("time", "steps"), default="time", help="budget that all variants share")
+    parser.add_argument(
+        "--equal", choices=("time", "operations", "steps"), default="time", help="budget that all variants share"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="variants to train; default: all")
     parser.add_argument("--record", type=Path, help="JSON lines file of finished trainings, to continue from")
@@ -72,8 +76,11 @@ def main() -> None:
     runs = [run for run in runs if run not in {(row["variant"], row["seed"]) for row in done}]
 
     def train(variant: str, seed: int) -> dict[str, Any]:
-        ratio = ratios.get(variant)
-        steps = max(1, round(args.steps / ratio)) if ratio else args.steps
+        ratio = ratios.get(variant) if args.equal == "time" else None
+        relative_cost = ratio or 1.0
+        if args.equal == "operations":
+            relative_cost = cost_of_step(configs[variant]) / cost_of_step(configs[BASE])
+        steps = max(1, round(args.steps / relative_cost))
         contestant = Contestant(train_and_validate, configs[variant], steps, seed)
         try:
             metrics = contestant.wait()
@@ -105,6 +112,11 @@ def settings_of(config: PipelineConfig | None) -> dict[str, Any] | None:
     unused = {"epochs", "seed", "warmup_epochs", "early_stopping_patience", "plateau_patience"}
     train = {name: value for name, value in keyed(config.train).items() if name not in unused}
     return json.loads(json.dumps({"data": data, "model": keyed(config.model), "train": train}))  # tuples become lists
+
+
+def cost_of_step(config: PipelineConfig) -> int:
+    """Multiply-accumulates of the forward pass of a batch."""
+    return macs_per_image(config.model) * config.train.global_batch_size
 
 
 def relative_step_time(config: PipelineConfig, base: PipelineConfig, rounds: int) -> float:

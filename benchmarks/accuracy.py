@@ -16,7 +16,6 @@ excludes the start of Ray, the preparation of the data and the evaluation.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from perceiver.cost import macs_per_image, parameter_count
+from pipeline.devices import cpu_name
 from pipeline.fields import keyed
 from pipeline.settings.command_line import parse
 from pipeline.settings.config import PipelineConfig
@@ -105,14 +105,15 @@ def run(given: list[str]) -> dict[str, Any]:
         "best_epoch": trained["output"]["best_epoch"],
         "parameters": parameter_count(config.model),
         "mmacs": macs_per_image(config.model) / 1e6,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "pflop": 6 * macs_per_image(config.model) * config.training_rows * len(curve) / 1e15,
+        "machine": f"{os.cpu_count()} cores, {cpu_name()}",
         "curve": curve,
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints a row per name: means over its seeds, with the lowest and the highest value."""
-    table = Table("runs", "seeds", "epochs", "parameters", "minutes", "images/s", "test top-1", "test top-5")
+    table = Table("runs", "seeds", "epochs", "PFLOP", "parameters", "minutes", "images/s", "test top-1", "test top-5")
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         minutes = [row["training_seconds"] / 60 for row in own]
@@ -121,6 +122,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             name,
             ", ".join(str(row["seed"]) for row in own),
             f"{own[0]['epochs']:.3g}",
+            f"{own[0]['pflop']:.2f}" if "pflop" in own[0] else "",
             f"{own[0]['parameters']:,}",
             spread(minutes, "{:.1f}"),
             f"{statistics.median(speeds):.4g}",

@@ -203,6 +203,12 @@ def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
     assert lines[:2] == first["runs"], "what was done is not done again"
     assert {(run["variant"], run["seed"]) for run in lines[2:]} == {("as it is", 1), ("pixels", 1)}
     assert len(again["runs"]) == 4
+    _, by_operations = benchmark("ablations", *small, "--equal", "operations")
+    base, pixels = (
+        next(run for run in by_operations["runs"] if run["variant"] == name) for name in ("as it is", "pixels")
+    )
+    assert base["steps_taken"] == 4
+    assert pixels["steps_taken"] == max(1, round(4 * base["mmacs"] / pixels["mmacs"])) != 4
 
 
 @pytest.mark.slow
