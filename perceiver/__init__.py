@@ -2,12 +2,15 @@
 
 model.py                   `Perceiver`, from uint8 images to logits, and `attention_maps`
 config.py                  `PerceiverConfig`, its settings
+config_checks.py           which values of them, and which together, are refused
 presets.py                 named settings
 cost.py                    parameters, multiply-accumulates and activation memory of a config
 preprocessing.py           images to rows of the data array: normalisation, patches, convolutional stem
+whitening.py               decorrelation of patches by the covariance of natural images
 position_encoding.py       Fourier features and learned positions
 blocks.py                  cross-attention and self-attention block, MLP
 attention.py               multi-head attention
+spatial_prior.py           where its heads look before they know the image
 dot_product_attention.py   its core, with a backward pass of its own
 chunked_attention.py       the same in bounded memory, over chunks of the inputs
 normalization.py           LayerNorm with a backward pass of its own

@@ -72,6 +72,20 @@ def cifar100() -> PipelineConfig:
     )
 
 
+def cifar100_pixels() -> PipelineConfig:
+    """`cifar100` without a convolution; docs/results.md has its accuracy.
+
+    python pipeline/run.py cifar100_pixels
+    """
+    recipe = cifar100().train
+    return _preset(
+        "cifar100",
+        model_presets.cifar100_pixels(),
+        search=SearchConfig(num_trials=0),
+        train=replace(recipe, epochs=28, early_stopping_patience=28, cutmix=0.25, muon_steps=3),
+    )
+
+
 def cifar100_gpu() -> PipelineConfig:
     """`cifar100` scaled up for one GPU; neither its accuracy nor its time is measured (docs/results.md has estimates).
 
@@ -170,4 +184,7 @@ def _preset(source: str, model: PerceiverConfig, **sections: Any) -> PipelineCon
     return PipelineConfig(data=DatasetConfig(source=source), model=ModelConfig(**asdict(model)), **sections)  # type: ignore[arg-type]
 
 
-PRESETS = {preset.__name__: preset for preset in (cifar100, cifar100_gpu, cifar100_8gpu, keras_example, quickstart)}
+PRESETS = {
+    preset.__name__: preset
+    for preset in (cifar100, cifar100_pixels, cifar100_gpu, cifar100_8gpu, keras_example, quickstart)
+}

@@ -12,7 +12,7 @@ from command_lines import BORDER, ROOT, refusal, run
     [
         ("--train.nope 3", "Unrecognized options: --train.nope", "--help"),
         ("--train.epoch 3", "Unrecognized options: --train.epoch", "--train.epochs"),
-        ("nope", "preset = 'nope'", "cifar100, cifar100_gpu, cifar100_8gpu, keras_example, quickstart"),
+        ("nope", "preset = 'nope'", "cifar100, cifar100_pixels, cifar100_gpu, cifar100_8gpu, keras_example"),
         ("--train.epochs 1.5", "--train.epochs", "INT"),
         ("--until nope", "'nope'", "preprocess"),
         ("--data.source nope", "'nope'", "digits"),
