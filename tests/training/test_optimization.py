@@ -74,7 +74,7 @@ def test_muon_is_for_the_matrices_and_convolutions_within_the_model() -> None:
 
 def test_fewer_steps_of_muon_orthogonalise_less_precisely() -> None:
     def spread(steps: int) -> float:
-        """Of the singular values of the first update of the first kernel: the highest by the lowest."""
+        """The highest singular value of the first update of a kernel, divided by the lowest."""
         model = small_perceiver()
         made = optimizer(replace(CONFIG, optimizer="muon", weight_decay=0.0, muon_steps=steps), model, 10)
         kernel = model.cross_attends[0].mlp.hidden.kernel
