@@ -19,6 +19,7 @@ measured on the validation rows; the test rows are not read.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -40,6 +41,8 @@ from pipeline.data.ingest import load
 from pipeline.data.rows import Rows, stratified_split
 from pipeline.fields import keyed
 from pipeline.settings.config import PipelineConfig
+from pipeline.training.batches import steps_per_epoch
+from pipeline.training.config import TrainingConfig
 
 BASE = "as it is"  # name of the base in tables and records
 STEPS_PER_TURN = 10
@@ -193,7 +196,12 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Ro
         metrics=[Accuracy(name="accuracy"), TopKAccuracy(5, name="top5_accuracy")],
         jit_compile=config.train.jit_compile,
     )
-    return model, training_dataset(train, settings, config.model.num_classes), validation
+    return model, training_dataset(train, over_steps(settings, steps, len(train)), config.model.num_classes), validation
+
+
+def over_steps(settings: TrainingConfig, steps: int, num_rows: int) -> TrainingConfig:
+    """`settings` whose epochs are the passes over the rows in so many steps: some augmentation depends on them."""
+    return replace(settings, epochs=math.ceil(steps / steps_per_epoch(num_rows, settings.global_batch_size)))
 
 
 def show(runs: list[dict[str, Any]], steps: int, equal: str) -> None:

@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes that take seconds: a table, then one line of JSON."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ablation_studies
+import ablations
 import image_forms
 import matrix_products
 import numpy as np
@@ -18,6 +20,7 @@ from pipeline.data.config import DatasetConfig
 from pipeline.data.image_rows import load_files
 from pipeline.data.image_survey import find_images
 from pipeline.data.rows import RawDataset, Rows
+from pipeline.training.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -209,6 +212,13 @@ def test_ablations_go_on_from_their_record(tmp_path: Path) -> None:
     )
     assert base["steps_taken"] == 4
     assert pixels["steps_taken"] == max(1, round(4 * base["mmacs"] / pixels["mmacs"])) != 4
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (4, 1), (5, 2), (17, 5)])
+def test_an_ablation_has_the_epochs_of_its_steps(steps: int, epochs: int) -> None:
+    """CutMix that ends before the training does so in an ablation too."""
+    settings = TrainingConfig(epochs=1, global_batch_size=8, cutmix=1.0, cutmix_until=0.5)
+    assert ablations.over_steps(settings, steps, num_rows=37) == replace(settings, epochs=epochs)
 
 
 @pytest.mark.slow

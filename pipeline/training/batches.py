@@ -77,7 +77,9 @@ def _endless(
         taken = batch.take(own)
         images, labels = _augmented(taken, augmentation.rows(own), settings, at_epoch), taken.labels
         if settings.cutmix:
-            share = settings.cutmix if at_epoch < settings.cutmix_until * settings.epochs else 0.0
+            # The batches are endless: a caller may take more of them than the epochs of the settings.
+            is_over = settings.cutmix_until < 1 and at_epoch >= settings.cutmix_until * settings.epochs
+            share = 0.0 if is_over else settings.cutmix
             mix = CutMix.draw(size, data.image_shape[:2], rng, share, batch.groups).rows(own)
             mixed = mix.mixed()
             partners = mix.partners[mixed]

@@ -163,6 +163,12 @@ def test_no_image_is_mixed_after_the_given_share_of_the_epochs(data: Rows) -> No
     assert mixed == [True] * 8 + [False] * 8
 
 
+def test_images_are_mixed_to_the_end_even_of_more_batches_than_the_epochs_have(data: Rows) -> None:
+    """As benchmarks take them."""
+    batches = train_batches(data, replace(PLAIN, cutmix=1.0, epochs=1), NUM_CLASSES, rank=0, num_workers=1)
+    assert all((next(batches)[1].max(axis=1) < 1).any() for _ in range(4 * steps_per_epoch(37, 8)))
+
+
 def test_a_crop_is_a_window_of_the_reflected_image_and_every_shift_occurs() -> None:
     padding, images = 2, images_of(500, side=6)
     cropped = augment(images, np.random.default_rng(0), replace(PLAIN, random_crop_padding=padding))
