@@ -79,18 +79,22 @@ def start_timed_out(error: BaseException | None) -> bool:
     return isinstance(error, WorkerGroupStartupTimeoutError)
 
 
-def on_process_start(function: Callable[[], None]) -> dict[str, Any]:
+def on_process_start(function: Callable[[], None], environment: dict[str, Any]) -> dict[str, Any]:
     """A runtime environment whose processes call `function` before they get work; an error in it ends the process.
 
-    Ray has this by a public name for all processes of a job alone. Empty where the job of this process has such a
-    function already.
+    Ray has this by a public name for all processes of a job alone.
+
+    Args:
+        function: Called in each process.
+        environment: What the processes have besides; returned as it is where the job of this process has such a
+            function already.
     """
     from ray._private.runtime_env.setup_hook import export_setup_func_callable
     from ray._private.worker import global_worker
 
     if ray.get_runtime_context().runtime_env.get("worker_process_setup_hook"):
-        return {}
-    return dict(export_setup_func_callable({}, function, global_worker))
+        return environment
+    return dict(export_setup_func_callable(environment, function, global_worker))
 
 
 def start_idle_process() -> None:

@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 _present: list[socket.socket] = []
 
 
-def environment() -> dict[str, Any]:
-    """The runtime environment of workers that have a reserve: it imports TensorFlow when a process starts.
+def with_reserve(environment: dict[str, Any]) -> dict[str, Any]:
+    """A runtime environment of workers that have a reserve: it imports TensorFlow when a process starts.
 
-    Empty if the job of this process has a hook of its own for that moment.
+    It is `environment` itself if the job of this process has a hook of its own for that moment.
     """
 
     # Within a function, so that it is pickled by value: an error in its import would end the process.
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
             return  # the worker says it itself
         reserve.import_ahead()
 
-    return ray_internals.on_process_start(import_ahead)
+    return ray_internals.on_process_start(import_ahead, environment)
 
 
 def keep_one(local_rank: int, local_size: int) -> Callable[[], None]:

@@ -27,7 +27,7 @@ from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import EpochEnded, Worker
-from pipeline.workers import ray_internals, reserve
+from pipeline.workers import environment, ray_internals, reserve
 from pipeline.workers.failures import why
 from pipeline.workers.in_process import TrainingError, train_in_process
 from pipeline.workers.streaming import check_streams, streamed_rows, streamed_splits
@@ -115,7 +115,7 @@ def train(
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=storage.absolute(state),
-            worker_runtime_env=reserve.environment() if config.has_reserve else {},
+            worker_runtime_env=environment.of_workers(config.has_reserve),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures,
                 controller_failure_limit=start_failures,  # type: ignore[call-arg]
