@@ -50,8 +50,8 @@ REMEDIES = {
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError, 1 after a DeviceError or an error
-    of the operating system that `REMEDIES` knows, 130 after Ctrl-C.
+    """Runs a command; returns its exit code: that of `command`, 2 after a ValueError or a warning that is an error, 1
+    after a DeviceError or an error of the operating system that `REMEDIES` knows, 130 after Ctrl-C.
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
     """
@@ -87,6 +87,12 @@ def _code_of(command: Callable[[], int]) -> int:
         known = REMEDIES.get(error.errno or 0)
         say_error(f"error: {error}: {known}" if known else traceback.format_exc())
         return 1
+    except Warning as warning:
+        say_error(
+            f"error: a library warned, and warnings are errors for this Python: {warning} ({type(warning).__name__}): "
+            "unset PYTHONWARNINGS, and give no -W error"
+        )
+        return 2
     except Exception:
         say_error(traceback.format_exc())
         return 1

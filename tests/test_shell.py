@@ -55,6 +55,22 @@ def test_a_file_does_not_become_the_output_that_the_shell_closed(tmp_path: Path)
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_warning_of_a_library_that_is_an_error_comes_with_a_remedy(tmp_path: Path) -> None:
+    code = """if True:
+        import sys, warnings
+        from pipeline.command import run_command
+
+        sys.exit(run_command(lambda: warnings.warn("old name", FutureWarning)))
+    """
+    (tmp_path / "code.py").write_text(code)
+    result = shell(f"{sys.executable} code.py", tmp_path, PYTHONWARNINGS="error")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: a library warned, and warnings are errors for this Python: old name (FutureWarning): unset "
+        "PYTHONWARNINGS, and give no -W error\n"
+    )
+
+
 def test_names_of_files_in_another_encoding_are_refused() -> None:
     result = shell(PLAN, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert result.returncode == 2
