@@ -1,7 +1,7 @@
 """Loss, metrics, optimizers and learning-rate schedules."""
 
 from dataclasses import asdict, replace
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -103,6 +103,25 @@ def test_muon_orthogonalises_as_that_of_keras(shape: tuple[int, int]) -> None:
     cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
     assert cosine > 0.998
     assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(expected), rel=0.05)
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": False}, {"rms_rate": None}, {"weight_decay": 0.1}])
+def test_muon_updates_as_that_of_keras(options: dict[str, Any]) -> None:
+    """Over several steps, up to the precision of bfloat16, whose part the test above has."""
+    random = np.random.default_rng(0)
+    start = {"tall": (48, 24), "wide": (24, 48), "vector": (24,)}
+    gradients = [[random.normal(size=shape).astype("float32") for shape in start.values()] for _ in range(4)]
+
+    def updates(kind: type[keras.optimizers.Muon]) -> list[np.ndarray]:
+        made = kind(0.01, **options)
+        variables = [keras.Variable(np.ones(shape, "float32"), name=name) for name, shape in start.items()]
+        for step in gradients:
+            made.apply([tf.constant(gradient) for gradient in step], variables)
+        return [variable.numpy() - 1 for variable in variables]
+
+    for name, found, expected in zip(start, updates(Muon), updates(keras.optimizers.Muon), strict=True):
+        difference = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert difference < (1e-6 if name == "vector" else 0.05), name
 
 
 def test_smoothing_is_that_of_one_hot_labels() -> None:
