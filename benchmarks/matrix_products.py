@@ -24,15 +24,20 @@ def product_shapes(config: PerceiverConfig, batch_size: int) -> list[tuple[int, 
         for layer, (before, after) in enumerate(pairwise(c.conv_widths)):
             cells = -(-height // 2**layer) * -(-columns // 2**layer)
             shapes.append((1, b * cells, 9 * before, after))
+        shapes += [(1, b * m, 9 * c.conv_widths[-1], c.conv_widths[-1])] * c.num_conv_residuals
     elif c.data_dim is not None:
         patch = c.patch_size**2 if c.stem == "patches" else 1
         shapes.append((1, b * m, c.image_shape[2] * patch, c.data_dim))
+    if hidden := c.input_mlp_widening_factor * width:
+        shapes += [(1, b * m, width, hidden), (1, b * m, hidden, width)]
     for _ in set(c.cross_attend_order):
         shapes += [(1, b * m, width, c.cross_qk_dim), (1, b * m, width, c.cross_v_dim)]
 
-    def attend(inputs: int, heads: int, qk_dim: int, v_dim: int, widening_factor: int, images: int) -> None:
+    def attend(
+        inputs: int, heads: int, qk_dim: int, v_dim: int, widening_factor: int, images: int, features: int = 0
+    ) -> None:
         shapes.append((1, images * n, d, qk_dim))
-        shapes.append((b * heads, n, qk_dim // heads, inputs))
+        shapes.append((b * heads, n, qk_dim // heads + features, inputs))
         shapes.append((b * heads, n, inputs, v_dim // heads))
         if c.cross_attention_output_projection or inputs == n:
             shapes.append((1, b * n, v_dim, d))
@@ -48,6 +53,7 @@ def product_shapes(config: PerceiverConfig, batch_size: int) -> list[tuple[int, 
             c.cross_v_dim,
             c.cross_attention_widening_factor,
             images=1 if iteration == 0 else b,
+            features=4 if c.cross_attention_prior else 0,
         )
         for _ in range(c.num_self_attention_repeats * c.num_self_attention_blocks):
             attend(n, c.num_self_attention_heads, c.self_qk_dim, c.self_v_dim, c.self_attention_widening_factor, b)

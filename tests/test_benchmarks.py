@@ -123,7 +123,9 @@ def test_batch_inference() -> None:
 
 
 def test_the_products_of_a_step_are_those_that_the_cost_counts() -> None:
-    for config in (presets.cifar100(), presets.keras_example(), presets.keras_example_fixed()):
+    unwhitened = replace(presets.cifar100_pixels(), patch_whitening=False)  # which is not a product of each image
+    residual = replace(presets.cifar100(), num_conv_residuals=1)
+    for config in (presets.cifar100(), residual, unwhitened, presets.keras_example(), presets.keras_example_fixed()):
         batch = 4
         shapes = matrix_products.product_shapes(config, batch)
         counted = sum(count * m * k * n for count, m, k, n in shapes)
