@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--name", help="name of these runs in table and figure; default: the preset")
     parser.add_argument("--record", type=Path, required=True, help="JSON lines file of finished runs")
-    parser.add_argument("--figure", type=Path, help="SVG file for a figure of accuracy over time")
+    parser.add_argument("--figure", type=Path, help="SVG file for a figure of accuracy over operations")
     parser.add_argument("arguments", nargs="*", help="further arguments of pipeline/run.py, behind --")
     args = parser.parse_args()
     rows = json_lines.read(args.record) if args.record.exists() else []
@@ -122,7 +122,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             name,
             ", ".join(str(row["seed"]) for row in own),
             f"{own[0]['epochs']:.3g}",
-            f"{own[0]['pflop']:.2f}" if "pflop" in own[0] else "",
+            f"{own[0]['pflop']:.2f}",
             f"{own[0]['parameters']:,}",
             spread(minutes, "{:.1f}"),
             f"{statistics.median(speeds):.4g}",
@@ -138,7 +138,10 @@ def spread(values: list[float], form: str) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the validation accuracy of each run over its minutes, with the test accuracy as a point at the end."""
+    """Draws the validation accuracy of each run over its operations, with the test accuracy as a point at the end.
+
+    Operations are the same on every machine, minutes are not.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -150,15 +153,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     for row in rows:
         colour = f"C{names.index(row['name'])}"
-        minutes = [0.0, *(point["seconds"] / 60 for point in row["curve"])]
+        epochs = len(row["curve"])
+        pflop = [row["pflop"] * epoch / epochs for epoch in range(epochs + 1)]
         accuracy = [1 / 100, *(point["val_accuracy"] for point in row["curve"])]
         label = row["name"] if row is next(r for r in rows if r["name"] == row["name"]) else None
-        axes.plot(minutes, accuracy, color=colour, linewidth=1, label=label)
-        axes.plot(row["training_seconds"] / 60, row["test"]["top1"], "o", color=colour, markersize=5)
+        axes.plot(pflop, accuracy, color=colour, linewidth=1, label=label)
+        axes.plot(pflop[-1], row["test"]["top1"], "o", color=colour, markersize=5)
     axes.axhline(PUBLISHED, color="grey", linestyle="--", linewidth=1)
     note = "reported by the published example, 40 epochs on a V100"
     axes.text(0.99, PUBLISHED - 0.03, note, color="grey", size=8, ha="right", transform=axes.get_yaxis_transform())
-    axes.set(xlabel="minutes of training on two cores", ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.75))
+    operations = "PFLOP of training: 6 x multiply-accumulates x images"
+    axes.set(xlabel=operations, ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.8))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.legend(loc="center right", bbox_to_anchor=(1, 0.4), title="validation; points: test")

@@ -99,7 +99,7 @@ def vit(
     pixel_mean: Statistics = None,
     pixel_std: Statistics = None,
     width: int = 128,
-    blocks: int = 5,
+    blocks: int = 8,
     heads: int = 4,
     patch_size: int = 4,
 ) -> keras.Model:

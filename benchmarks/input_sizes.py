@@ -27,19 +27,22 @@ from turns import Answer, Contestant
 
 from pipeline.devices import cpu_name
 
-FOURIER = {"position_encoding": "fourier"}
+SMALL: dict[str, Any] = {
+    "position_encoding": "fourier",
+    "num_latents": 16,
+    "num_cross_attention_heads": 4,
+    "cross_attention_prior": False,
+    "share_weights": True,
+    "num_conv_residuals": 0,
+    "data_dim": 128,
+}
+CONCATENATED: dict[str, Any] = SMALL | {"position_combination": "concat"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Perceiver, stem": ("perceiver", FOURIER),
-    "Perceiver, 4 x 4 patches": (
-        "perceiver",
-        FOURIER | {"stem": "patches", "position_combination": "concat", "data_dim": 126},
-    ),
-    "Perceiver, pixels": (
-        "perceiver",
-        FOURIER | {"stem": "pixels", "position_combination": "concat", "data_dim": 62},
-    ),
+    "Perceiver, stem": ("perceiver", SMALL),
+    "Perceiver, 4 x 4 patches": ("perceiver", CONCATENATED | {"stem": "patches", "data_dim": 126}),
+    "Perceiver, pixels": ("perceiver", CONCATENATED | {"stem": "pixels", "data_dim": 62}),
     "CNN": ("cnn", {}),
-    "ViT, 4 x 4 patches": ("vit", {}),
+    "ViT, 4 x 4 patches": ("vit", {"blocks": 5}),
 }
 """Builder of comparison_models.py and its arguments, by name in the table."""
 

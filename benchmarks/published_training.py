@@ -87,6 +87,7 @@ def main() -> None:
         "epochs": images / len(kept),
         "parameters": model.count_params(),
         "mmacs": PUBLISHED_MACS / 1e6,
+        "pflop": 6 * PUBLISHED_MACS * images / 1e15,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "curve": curve,
     }

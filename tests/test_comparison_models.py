@@ -22,8 +22,8 @@ def size(name: str, **arguments: Any) -> dict[str, int]:
 def test_the_perceiver_has_the_size_of_its_preset() -> None:
     config = presets.cifar100()
     assert size("perceiver") == {"macs": macs_per_image(config), "parameters": parameter_count(config)}
-    few = replace(config, num_latents=8)
-    assert size("perceiver", num_latents=8) == {"macs": macs_per_image(few), "parameters": parameter_count(few)}
+    few = replace(config, num_latents=4)
+    assert size("perceiver", num_latents=4) == {"macs": macs_per_image(few), "parameters": parameter_count(few)}
 
 
 def test_cct_has_the_size_that_its_authors_give() -> None:
@@ -53,7 +53,7 @@ def test_vit_costs_what_the_preset_does() -> None:
     tokens, width = 64, 128
     of_a_block = tokens * (4 + 4) * width**2 + 2 * tokens**2 * width
     found = size("vit")
-    assert found["macs"] == tokens * 48 * width + 5 * of_a_block + width * 100
+    assert found["macs"] == tokens * 48 * width + 8 * of_a_block + width * 100
     assert found["macs"] == pytest.approx(macs_per_image(presets.cifar100()), rel=0.05)
 
 

@@ -52,7 +52,7 @@ def quickstart() -> PipelineConfig:
 
 
 def cifar100() -> PipelineConfig:
-    """CIFAR-100 with a small convolutional stem, 64 tokens and 16 latents; the search is off, the recipe is fixed.
+    """CIFAR-100 with a small convolutional stem, 64 tokens and 8 latents; the search is off, the recipe is fixed.
 
     python pipeline/run.py cifar100
     """
@@ -60,15 +60,7 @@ def cifar100() -> PipelineConfig:
         "cifar100",
         model_presets.cifar100(),
         search=SearchConfig(num_trials=0),
-        train=TrainingConfig(
-            epochs=44,
-            early_stopping_patience=44,  # none: what a cosine brings, it brings at its end
-            optimizer="muon",
-            learning_rate=4e-3,
-            label_smoothing=0.1,
-            cutmix=0.5,
-            precision="mixed_bfloat16",
-        ),
+        train=_recipe(epochs=33, muon_steps=3, alternating_flip=True),
     )
 
 
@@ -77,31 +69,27 @@ def cifar100_pixels() -> PipelineConfig:
 
     python pipeline/run.py cifar100_pixels
     """
-    recipe = cifar100().train
     return _preset(
         "cifar100",
         model_presets.cifar100_pixels(),
         search=SearchConfig(num_trials=0),
-        train=replace(recipe, epochs=28, early_stopping_patience=28, cutmix=0.25, muon_steps=3),
+        train=_recipe(epochs=28, cutmix=0.25, muon_steps=3),
     )
 
 
 def cifar100_gpu() -> PipelineConfig:
-    """`cifar100` scaled up for one GPU; neither its accuracy nor its time is measured (docs/results.md has estimates).
+    """A larger model for one GPU; neither its accuracy nor its time is measured (docs/results.md has estimates).
 
     python pipeline/run.py cifar100_gpu
     """
-    recipe = cifar100().train
     return _preset(
         "cifar100",
         model_presets.cifar100_gpu(),
         search=SearchConfig(num_trials=0),
-        train=replace(
-            recipe,
+        train=_recipe(
             epochs=200,
             global_batch_size=512,
             warmup_epochs=5.0,
-            early_stopping_patience=200,
             num_workers=1,
             cpus_per_worker=4.0,
             use_gpu=True,
@@ -110,7 +98,7 @@ def cifar100_gpu() -> PipelineConfig:
 
 
 def cifar100_8gpu() -> PipelineConfig:
-    """`cifar100` scaled up for eight GPUs, on one host or several; not measured either.
+    """A still larger one for eight GPUs, on one host or several; not measured either.
 
     python pipeline/run.py cifar100_8gpu
     """
@@ -144,6 +132,18 @@ def keras_example() -> PipelineConfig:
             random_zoom=0.2,
         ),
     )
+
+
+def _recipe(epochs: int, **changes: Any) -> TrainingConfig:
+    """What the presets for CIFAR-100 share. No training stops early: what a cosine brings, it brings at its end."""
+    shared: dict[str, Any] = {
+        "optimizer": "muon",
+        "learning_rate": 4e-3,
+        "label_smoothing": 0.1,
+        "cutmix": 0.5,
+        "precision": "mixed_bfloat16",
+    }
+    return TrainingConfig(epochs=epochs, early_stopping_patience=epochs, **shared | changes)
 
 
 def with_source(config: PipelineConfig, data: DatasetConfig) -> PipelineConfig:

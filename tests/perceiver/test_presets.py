@@ -80,15 +80,15 @@ def test_fixed_example_is_as_large_as_the_published_one() -> None:
 
 # Side: tokens, channels of the convolutions, thousands of parameters and MMAC an image, for 100 classes.
 SIZES = {
-    8: (4, (64, 128), 925, 27.0),
-    16: (16, (64, 128), 926, 31.4),
-    32: (64, (64, 128), 932, 48.8),
-    48: (144, (64, 128), 942, 77.9),
-    64: (256, (64, 128), 957, 118.6),
-    96: (144, (32, 64, 128), 960, 124.4),
-    128: (256, (32, 64, 128), 974, 201.2),
-    224: (196, (16, 32, 64, 128), 971, 228.7),
-    256: (256, (16, 32, 64, 128), 979, 290.9),
+    8: (4, (64, 192), 2250, 16.9),
+    16: (16, (64, 192), 2252, 28.4),
+    32: (64, (64, 192), 2261, 74.3),
+    48: (144, (64, 192), 2277, 150.7),
+    64: (256, (64, 192), 2298, 257.8),
+    96: (144, (32, 64, 192), 2294, 197.2),
+    128: (256, (32, 64, 192), 2316, 340.4),
+    224: (196, (16, 32, 64, 192), 2309, 332.3),
+    256: (256, (16, 32, 64, 192), 2320, 430.0),
 }
 
 
@@ -128,7 +128,7 @@ def test_patches_follow_the_size_of_the_images(
     assert (example.patch_size, example.resize_to) == (2, 64), "a preset that resizes stays as it is"
 
 
-@pytest.mark.parametrize(("num_classes", "num_latents"), [(2, 16), (10, 16), (100, 16), (101, 32), (1000, 32)])
+@pytest.mark.parametrize(("num_classes", "num_latents"), [(2, 8), (10, 8), (100, 8), (101, 16), (1000, 16)])
 def test_latents_follow_the_number_of_classes(num_classes: int, num_latents: int) -> None:
     config = presets.for_images(presets.cifar100(), (64, 64, 3), num_classes)
     assert (config.num_latents, config.num_classes) == (num_latents, num_classes)
