@@ -149,7 +149,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     names = list(dict.fromkeys(row["name"] for row in rows))
     for row in rows:
         colour = f"C{names.index(row['name'])}"
@@ -166,7 +166,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel=operations, ylabel="top-1 accuracy", xlim=(0, None), ylim=(0, 0.8))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", bbox_to_anchor=(1, 0.4), title="validation; points: test")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", title="validation; points: test")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 

@@ -60,7 +60,7 @@ def cifar100() -> PipelineConfig:
         "cifar100",
         model_presets.cifar100(),
         search=SearchConfig(num_trials=0),
-        train=_recipe(epochs=33, muon_steps=3, alternating_flip=True),
+        train=_recipe(epochs=33, weight_decay=0.2, muon_steps=3, alternating_flip=True),
     )
 
 

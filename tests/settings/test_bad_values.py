@@ -42,7 +42,7 @@ from command_lines import BORDER, ROOT, refusal, run
         ("--train.seed 4294967296", "train.seed = 4294967296", "2**31"),
         ("--train.cpus-per-worker 0", "train.cpus_per_worker = 0.0", "give at least 0.001"),
         ("--train.cpus-per-worker nan", "train.cpus_per_worker = nan", "give at least 0.001"),
-        ("--train.optimizer adam", "train.weight_decay = 0.05", "--train.weight-decay 0"),
+        ("--train.optimizer adam", "train.weight_decay = 0.2", "--train.weight-decay 0"),
         ("--train.global-batch-size 129", "train.global_batch_size = 129", "take 128"),
         ("--train.global-batch-size 45002", "train.global_batch_size = 45002", "about 45000 training rows"),
         ("quickstart --train.random-flip", "train.random_flip = True", "--train.no-random-flip"),
