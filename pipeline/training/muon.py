@@ -17,8 +17,8 @@ class Muon(keras.optimizers.Muon):
       authors' code. Keras updates it with AdamW.
     - The iterations run in bfloat16, as in the authors' code, which is precise enough: their coefficients leave the
       singular values between 0.7 and 1.2 anyway. A tall matrix is not transposed first.
-    - The same update in fewer passes over the weights: the factors of the learning rate are numbers before they meet
-      a matrix, and an iteration multiplies by one polynomial (docs/results.md has the time of both).
+    - An iteration multiplies by one polynomial, and an update by one number, which is fewer passes over the weights
+      (docs/results.md).
     """
 
     def build(self, variables: list[Any]) -> None:
@@ -27,21 +27,10 @@ class Muon(keras.optimizers.Muon):
             if len(variable.shape) == 4 and not any(re.search(name, variable.path) for name in self.exclude_layers):
                 self.adam_velocities[i] = None  # Keras applies Muon to the variables without an Adam velocity
 
-    def update_step(self, gradient: Tensor, variable: Any, learning_rate: Tensor) -> None:
-        index = self._get_variable_index(variable)
-        if self.adam_velocities[index] is not None:
-            super().update_step(gradient, variable, learning_rate)
-            return
-        momentum = self.momentums[index]
-        self.assign(momentum, momentum * self.momentum + gradient)
-        ahead = gradient + momentum * self.momentum if self.nesterov else ops.convert_to_tensor(momentum)
-        orthogonal = self.zeropower_via_newtonschulz5(ahead, self.ns_steps)
-        self.assign_sub(variable, orthogonal * (ops.cast(learning_rate, orthogonal.dtype) * self._scale(variable)))
-
-    def _scale(self, variable: Any) -> float:
-        """The factor with which elements of an update are as large as Adam's (Liu et al., 2025, arXiv:2502.16982)."""
-        *rows, columns = variable.shape
-        return 1.0 if self.rms_rate is None else math.sqrt(max(math.prod(rows), columns)) * self.rms_rate
+    def lr_adjust(self, x: Tensor) -> Tensor:
+        """Scales an update so that its elements are as large as Adam's (Liu et al., 2025, arXiv:2502.16982)."""
+        *rows, columns = x.shape
+        return x if self.rms_rate is None else x * (math.sqrt(max(math.prod(rows), columns)) * self.rms_rate)
 
     def zeropower_via_newtonschulz5(self, x: Tensor, steps: int) -> Tensor:
         """(..., n) -> (..., n) in the same dtype, which has all singular values near 1 as a matrix of n columns.
