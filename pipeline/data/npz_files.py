@@ -179,10 +179,11 @@ class NpzImages:
             if str(error).startswith(self._name):
                 raise
             raise ValueError(f"{self._name} cannot be read: {excerpt(error)}") from error
-        # NumPy parses a header as Python; zipfile raises the others, RuntimeError for an encrypted file among them.
+        # NumPy parses a header as Python; zipfile raises the others, RuntimeError for an encrypted file and
+        # NotImplementedError, which is one, for an unknown compression.
         except (
             zipfile.BadZipFile, zlib.error, OSError, EOFError, SyntaxError, TypeError, KeyError, RuntimeError,
-            NotImplementedError, MemoryError, OverflowError,
+            MemoryError, OverflowError,
         ) as error:  # fmt: skip
             raise ValueError(f"{self._name} cannot be read: {excerpt(error)}") from error
 
