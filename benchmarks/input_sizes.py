@@ -27,6 +27,7 @@ from turns import Answer, Contestant
 
 from pipeline.devices import cpu_name
 
+# Without what depends on the number of rows, such as learned positions and a prior over the grid.
 SMALL: dict[str, Any] = {
     "position_encoding": "fourier",
     "num_latents": 16,

@@ -120,7 +120,7 @@ def cifar100_pixels() -> PerceiverConfig:
     return PerceiverConfig(
         stem="patches",
         patch_whitening=True,
-        conv_pool_size=3,
+        conv_pool_size=3,  # no convolution has it, but the keys of finished runs do
         data_dim=192,
         input_mlp_widening_factor=2,
         num_latents=8,
