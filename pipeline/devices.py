@@ -4,6 +4,8 @@ A process to which Ray gave a GPU computes on one or ends with an error; TensorF
 """
 
 import contextlib
+import ctypes
+import importlib.util
 import os
 import platform
 import socket
@@ -38,6 +40,8 @@ def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
     """
     import tensorflow as tf
 
+    if use_gpu:
+        load_cuda_libraries()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if gpus := tf.config.list_physical_devices("GPU"):
@@ -45,6 +49,20 @@ def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
         tf.config.set_visible_devices(used, "GPU")
         for device in used:
             tf.config.experimental.set_memory_growth(device, True)
+
+
+def load_cuda_libraries() -> None:
+    """Loads cuSOLVER from NVIDIA's package, if it is installed. To be called before TensorFlow looks for GPUs.
+
+    TensorFlow 2.21 looks for NVIDIA's packages in the RUNPATH of libtensorflow_framework.so.2, which has the folders of
+    all that it needs but cuSOLVER's, and it uses no GPU if one is missing. A library that is loaded is found by its
+    name.
+    """
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package and package.submodule_search_locations) or ():
+        for library in Path(folder).glob("cusolver/lib/libcusolver.so.*"):
+            with contextlib.suppress(OSError):  # TensorFlow then says what is missing
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def communication_options(use_gpu: bool) -> Any:
@@ -135,6 +153,11 @@ def memory_errors(remedy: str) -> Iterator[None]:
         ) from error
 
 
+def driver_is_loaded() -> bool:
+    """Whether NVIDIA's driver is there. Some sandboxes of containers show its devices and not its folder in /proc."""
+    return any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl")))
+
+
 def require_gpu(option: str) -> None:
     """Checks that TensorFlow sees the GPU of this process. It neither uses the GPU nor ties TensorFlow to settings.
 
@@ -146,12 +169,13 @@ def require_gpu(option: str) -> None:
     """
     import tensorflow as tf
 
+    load_cuda_libraries()
     if tf.config.list_physical_devices("GPU"):
         return
     build = tf.sysconfig.get_build_info()
     cuda = f"for CUDA {build['cuda_version']}" if build.get("is_cuda_build") else "without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    driver = os.path.exists("/proc/driver/nvidia/version")
+    driver = driver_is_loaded()
     if not driver:
         remedy = "install NVIDIA's driver on that host, and give containers access to it"
     elif not build.get("is_cuda_build"):

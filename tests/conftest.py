@@ -16,7 +16,8 @@ import pytest
 from session_processes import processes_of_this_session
 
 # The tests of GPUs, and no others, get those that this variable names back.
-os.environ["PERCEIVER_TEST_CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+# Kept if it is there, since the workers of pytest-xdist inherit the environment that this file has changed.
+os.environ.setdefault("PERCEIVER_TEST_CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 # Set before any test imports Keras, Ray or MLflow. Processes that tests start inherit it.
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",

@@ -23,12 +23,17 @@ import pytest
 from image_models import IMAGE_SHAPE, save_model
 from tiny_training import MODEL, TRAIN
 
+from pipeline.devices import driver_is_loaded
+
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("gpu_worker.py")
 REHEARSAL = "PERCEIVER_REHEARSE_GPU_TESTS"
 """Environment variable: if it is set, the tests run on CPUs, to see that they would run on GPUs."""
-COUNT = "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+COUNT = (
+    "from pipeline.devices import load_cuda_libraries; load_cuda_libraries(); "
+    "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
+)
 EQUAL = 1e-3
 """Relative difference of the losses of three epochs that is put down to the order of sums on another device."""
 Train = Callable[..., list[dict[str, Any]]]
@@ -39,14 +44,15 @@ def gpus() -> list[str]:
     """CUDA_VISIBLE_DEVICES for one worker each; empty texts in a rehearsal."""
     if os.environ.get(REHEARSAL):
         return ["", ""]
-    if not Path("/proc/driver/nvidia/version").exists():
+    if not driver_is_loaded():
         pytest.skip("no GPU: NVIDIA's driver is not loaded")
     named = os.environ["PERCEIVER_TEST_CUDA_VISIBLE_DEVICES"]
     if named != "all":
         found = [name for name in named.split(",") if name]
     else:
         environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-        counted = subprocess.run([sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", COUNT]
+        counted = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         found = [str(number) for number in range(int(counted.stdout or 0))]
     if not found:
         pytest.skip("no GPU: TensorFlow sees none; `make set-up GPU=1` installs what it needs")
