@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow as tf
 from image_models import IMAGE_SHAPE, save_model
@@ -50,8 +51,9 @@ def test_a_trial_that_was_given_a_gpu_looks_for_it_first(monkeypatch: pytest.Mon
 
 
 def test_an_actor_that_was_given_a_gpu_looks_for_it_first(tmp_path: Path) -> None:
+    actor = classifier.Classifier({}, "model", Storage(str(tmp_path)), 1, batch_size=64, use_gpu=True)
     with pytest.raises(GpuError, match=r"^use_gpu: .* sees none there"):
-        classifier.Classifier({}, "model", Storage(str(tmp_path)), 1, batch_size=64, use_gpu=True)
+        actor(pa.table({}))
 
 
 def test_exhausted_memory_in_a_training_is_one_message_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,7 @@ def test_exhausted_memory_in_an_actor_names_the_batch_size(tmp_path: Path) -> No
     np.savez(tmp_path / "images.npz", images=np.zeros((2, *IMAGE_SHAPE), np.uint8))
     rows = read_part(Part(0, 0, ("images.npz",), 0, 2), "npz", Storage(str(tmp_path)), IMAGE_SHAPE, resize=None)
     with pytest.raises(OutOfMemoryError, match=r"OOM .*: give fewer images at a time than --batch-size 64$"):
-        actor(rows)
+        actor(classifier.packed(rows))
 
 
 def test_other_exhausted_resources_stay_what_they_are() -> None:

@@ -4,9 +4,11 @@ Ray is told of GPUs that do not exist, as on a host whose TensorFlow lacks the C
 tests hide one that is there.
 """
 
+import _ctypes
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -79,7 +81,7 @@ def test_the_tests_of_gpus_would_run() -> None:
 
 
 def test_the_tests_of_gpus_are_skipped_with_the_reason_where_there_is_none() -> None:
-    if Path("/proc/driver/nvidia/version").exists():
+    if devices.driver_is_loaded():
         pytest.skip("this machine has NVIDIA's driver")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
@@ -94,6 +96,19 @@ def test_the_message_names_what_is_there_and_the_remedy() -> None:
     does_not = r"^use_gpu: the GPU of a process on \S+ does not multiply matrices: .*CPU:0 gave 64.*--no-use-gpu$"
     with pytest.raises(GpuError, match=does_not):
         multiply_on_gpu("use_gpu")
+
+
+def test_cusolver_is_loaded_from_nvidias_package(tmp_path: Path) -> None:
+    """Another library stands in for it, since the tests need no GPU and so none of NVIDIA's packages."""
+    library = tmp_path / "nvidia/cusolver/lib/libcusolver.so.11"
+    library.parent.mkdir(parents=True)
+    shutil.copy(_ctypes.__file__, library)
+    (library.parent / "libcusolver.so.12").write_text("not a library")
+    command = "from pipeline.devices import load_cuda_libraries as load; load(); print(open('/proc/self/maps').read())"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(library) in done.stdout
 
 
 @pytest.mark.parametrize("trials", ["0", "2"])
@@ -133,6 +148,18 @@ def test_predict_ends_before_an_image_is_classified(cluster: str, tmp_path: Path
     assert time.monotonic() - start < 60
     assert not list((tmp_path / "results").glob("*.parquet")), "results were written"
     assert not (tmp_path / "results/_done.json").exists()
+
+
+def test_an_actor_with_a_gpu_checks_it_itself(cluster: str, tmp_path: Path) -> None:
+    """Where the check before it finds no free GPU in time; Ray Data also has rules of its own for actors with GPUs."""
+    without_check = (
+        "from pipeline import predict; from pipeline.inference import job; "
+        "job.require_gpu_in_cluster = lambda option: None; predict.end(predict.main())"
+    )
+    code, _, errors = run(cluster, "-c", without_check, *predict(tmp_path)[2:], "--use-gpu")
+    assert code == 1, errors
+    assert re.search(rf"(^|\.log )error: {SEES_NONE}", errors), errors
+    assert "Traceback" not in errors
 
 
 def test_predict_mentions_gpus_that_nobody_asked_for_and_names_what_it_used(cluster: str, tmp_path: Path) -> None:

@@ -29,8 +29,26 @@ def file_name(part: int) -> str:
 
 
 def read(batch: dict[str, np.ndarray], **arguments: Any) -> pa.Table:
-    """Reads the rows of the only part in `batch`; `arguments` are those of `read_part`."""
-    return read_part(Part.from_json(str(batch["part"][0])), **arguments)
+    """Reads the rows of the only part in `batch`, packed; `arguments` are those of `read_part`."""
+    return packed(read_part(Part.from_json(str(batch["part"][0])), **arguments))
+
+
+def packed(rows: pa.Table) -> pa.Table:
+    """A table with one row, which is `rows` as an Arrow stream.
+
+    Ray Data counts batches in rows, and refuses to leave the count open where an actor has a GPU. So a part is a row.
+    """
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    data = sink.getvalue()
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.table({"part": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])})
+
+
+def unpacked(batch: pa.Table) -> pa.Table:
+    """The rows of the only part in `batch`, which `packed` has packed; they share its memory."""
+    return pa.ipc.open_stream(batch["part"][0].as_buffer()).read_all()
 
 
 class Classifier:
@@ -46,13 +64,24 @@ class Classifier:
         batch_size: Number of images in one call of the model.
         use_gpu: Whether to insist on a GPU.
 
-    Raises:
-        GpuError: If TensorFlow cannot compute on the GPU that was asked for.
+    Of an error in a constructor Ray passes on the text alone, with a traceback. So what fails here is raised by the
+    first call.
     """
 
     def __init__(
         self, files: dict[str, bytes], source: str, output: Storage, threads: int, batch_size: int, use_gpu: bool
     ) -> None:
+        self._output, self._batch_size = output, batch_size
+        self._remedy = f"give fewer images at a time than --batch-size {batch_size}"
+        self._turn = threading.Lock()
+        self._error: Exception | None = None
+        try:
+            self._load(files, source, threads, use_gpu)
+        except Exception as error:
+            self._error = error
+
+    def _load(self, files: dict[str, bytes], source: str, threads: int, use_gpu: bool) -> None:
+        """Loads the model and computes an image with it."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         set_up_tensorflow(threads, use_gpu)
         if use_gpu:
@@ -64,25 +93,27 @@ class Classifier:
                 (Path(folder) / path).write_bytes(data)
             model = RegisteredModel.from_folder(Path(folder), source, trust=True)  # the job has checked it
             self._apply, self._names = model.load(), model.label_names
-            self._remedy = f"give fewer images at a time than --batch-size {batch_size}"
             with memory_errors(self._remedy):
                 self._apply(np.zeros((1, *model.image_shape), np.uint8))
-        self._output, self._batch_size, self._device = output, batch_size, used_device()
-        self._turn = threading.Lock()
+        self._device = used_device()
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         """Classifies one part and writes its results.
 
         Args:
-            rows: Rows of the part, as `read_part` returns them.
+            batch: The part, as `read` returns it.
 
         Returns:
             A table with one row: `rows` and `errors` are counts, `began` and `ended` are seconds since 1970, `device`
             is the name of the device.
 
         Raises:
-            OutOfMemoryError: If the device has too little memory for a batch.
+            GpuError: If TensorFlow cannot compute on the GPU that was asked for.
+            OutOfMemoryError: If the device has too little memory for the model or a batch.
         """
+        if self._error:
+            raise self._error
+        rows = unpacked(batch)
         part = rows["part"][0].as_py()
         images = rows["image"].combine_chunks().to_numpy_ndarray()
         starts = range(0, len(images), self._batch_size)

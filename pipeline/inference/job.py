@@ -105,7 +105,6 @@ def _predictions(
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
     context.issue_detectors_config.detectors = []  # they warn about the memory that the model uses
-    context.target_max_block_size = None  # keeps a part in one block, because an actor gets one block per call
     read_rows = functools.partial(
         read,
         kind=source.kind,
@@ -118,7 +117,7 @@ def _predictions(
         read_rows, batch_size=1, num_cpus=READER_CPUS, memory=_reader_bytes(options.max_pixels)
     ).map_batches(
         Classifier,
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=min(actors, len(todo)),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from image_models import IMAGE_SHAPE, LABEL_NAMES
 
-from pipeline.inference.classifier import Classifier, file_name
+from pipeline.inference.classifier import Classifier, file_name, packed
 from pipeline.storage import Storage
 
 PARTS = 4
@@ -48,13 +48,13 @@ def test_a_part_is_classified_while_another_is_written(tmp_path: Path) -> None:
 
     classifier = Classifier.__new__(Classifier)  # without a model, whose load is tested with Ray
     vars(classifier).update(_apply=apply, _names=LABEL_NAMES, _remedy="", _output=storage, _batch_size=8)
-    vars(classifier).update(_device="none", _turn=threading.Lock())
+    vars(classifier).update(_device="none", _turn=threading.Lock(), _error=None)
 
     def part(number: int) -> pa.Table:
         images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((4, *IMAGE_SHAPE), np.uint8))
         ids = np.arange(4 * number, 4 * number + 4)
         rest = {"row_id": ids, "name": ids.astype(str), "error": pa.nulls(4, pa.string()), "part": [number] * 4}
-        return pa.table({"image": images, **rest})
+        return packed(pa.table({"image": images, **rest}))
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(classifier, [part(number) for number in range(PARTS)]))
