@@ -40,8 +40,8 @@ def enable(
     The loss, the metrics, the gradients and therefore the weights are those of the global batch, whatever the number of
     workers and however many rows of a batch each of them has. Gradients are clipped, accumulated and checked for
     infinities after they have been summed over the workers. Random layers draw different numbers on each worker. With
-    `compile(jit_compile=True)`, XLA compiles the forward and backward pass; the collectives, which XLA does not support
-    on a CPU, stay outside.
+    `compile(jit_compile=True)`, XLA compiles the forward and backward pass and the optimizer's update; the collectives
+    between them, which XLA does not support on a CPU, stay outside.
 
     What is found to differ from one process is refused in the first step: the workers' batches are compared, and a few
     rows of the first batch are computed both as one process would and in uneven parts on the workers.

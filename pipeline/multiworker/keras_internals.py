@@ -28,7 +28,7 @@ Optimizer = keras_optimizer.TFOptimizer
 BaseOptimizer = base_optimizer.BaseOptimizer
 CompileMetrics = compile_utils.CompileMetrics
 loss_module, nn_module, random_module = keras_loss, keras_nn, keras_random
-tf_random_module, tf_context = tf_random, tf_eager
+tf_random_module, tf_context, tf_values_module = tf_random, tf_eager, tf_values
 
 # Functions and methods that are overridden or called: their owner, and their parameters in the version that this
 # package was written for.
@@ -52,6 +52,9 @@ PRIVATE_NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "apply": (BaseOptimizer, ("self", "grads", "trainable_variables")),
     # Whether variables are updated through all replicas of a worker, which fails inside a condition: the same issue.
     "_use_merge_call": (collective_all_reduce_strategy.CollectiveAllReduceExtended, ("self",)),
+    # Takes the first replica's value for a variable such as the count of steps, by a call that fails where a function
+    # within the step assigns it.
+    "apply_aggregation_replica_context": (tf_values, ("value", "aggregation", "destinations")),
     # Divide a loss by the number of replicas, and undo it, but only where the loss is reduced by Keras itself.
     "scale_loss_for_distribution": (keras_loss, ("value",)),
     "unscale_loss_for_distribution": (keras_loss, ("value",)),

@@ -45,6 +45,7 @@ class OneReplica:
         alone: Whether sums leave out the other workers, so that this worker computes what one process would.
         recorded: If a list, optimizers add the gradients to it instead of applying them.
         within_xla: Whether XLA compiles the current operations, where workers cannot communicate.
+        around_update: Makes of an optimizer's `apply` what is called with the gradients once they are summed.
         refusals: Messages about parts that would differ on several workers, found by running them.
     """
 
@@ -52,6 +53,7 @@ class OneReplica:
         self.strategy, self.stop, self.note = strategy, stop, note
         self.num_replicas: int = strategy.num_replicas_in_sync
         self.alone = self.within_xla = False
+        self.around_update: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda apply: apply
         self.recorded: list[tuple[str, tf.Tensor]] | None = None
         self.refusals: list[str] = []
         self._of_replica = threading.local()  # each replica of a process runs in a thread of its own
@@ -146,7 +148,8 @@ class OneReplica:
                 return None
             own.applying = True
             try:
-                return apply(optimizer, summed, None if trainable_variables is None else variables)
+                update = self.around_update(apply)
+                return update(optimizer, summed, None if trainable_variables is None else variables)
             finally:
                 own.applying = False
 

@@ -7,12 +7,27 @@ import keras
 import tensorflow as tf
 
 from .data import rows_of
-from .keras_internals import replaced
+from .keras_internals import replaced, tf_values_module
 from .one_replica import OneReplica
 
 
 def xla_train_step(model: keras.Model, replica: OneReplica) -> Callable[[Any], dict[str, tf.Tensor]]:
-    """Returns the `train_step` of Keras, in which XLA compiles only the forward and backward pass."""
+    """Returns the `train_step` of Keras, in which XLA compiles the forward and backward pass, and the update."""
+
+    def compiled_update(apply: Callable[..., Any]) -> Callable[..., None]:
+        def apply_compiled(optimizer: Any, gradients: list[Any], variables: list[Any] | None) -> None:
+            @tf.function(jit_compile=True, autograph=False)
+            def update(gradients: list[Any]) -> None:
+                apply(optimizer, gradients, variables)
+
+            # All workers have the same gradients by now, so nothing of an update needs another replica.
+            with (
+                replaced(replica.strategy.extended, "_use_merge_call", lambda: False),
+                replaced(tf_values_module, "apply_aggregation_replica_context", lambda value, *_: value),
+            ):
+                update(gradients)
+
+        return apply_compiled
 
     @tf.function(jit_compile=True, reduce_retracing=True, autograph=False)
     def forward_backward(x: Any, y: Any, sample_weight: Any) -> Any:
@@ -26,7 +41,8 @@ def xla_train_step(model: keras.Model, replica: OneReplica) -> Callable[[Any], d
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y_pred, loss, gradients = forward_backward(x, y, sample_weight)
         model._loss_tracker.update_state(loss, sample_weight=rows_of(x))
-        model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
+        with replaced(replica, "around_update", compiled_update):
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))
         return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     return train_step

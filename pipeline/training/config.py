@@ -103,7 +103,7 @@ class TrainingConfig:
     cache_gb: float = field(default=10.0, metadata=EXECUTION)
     """Most that `cache` holds, in GB; further shards are read from the storage."""
     jit_compile: bool = False
-    """XLA for the forward and backward pass; the collectives stay outside."""
+    """XLA for the forward and backward pass and the update; the collectives between them stay outside."""
     seed: int = 0
     """Seed of the initial weights, the order of rows, the augmentation and dropout."""
     initial_model: str | None = None

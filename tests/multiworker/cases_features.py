@@ -139,6 +139,16 @@ def xla_in_mixed_precision(worker: Worker) -> Result:
     return {"loss falls": [1, 0], "scale": model.optimizer.dynamic_scale.numpy(), "drawn": seeds[0][1]}
 
 
+@case()
+def xla_and_the_update(worker: Worker) -> Result:
+    """XLA with Adam, accumulated and clipped gradients, and an average of the weights"""
+    averaged = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3}
+    optimizer = lambda: keras.optimizers.Adam(  # noqa: E731
+        0.01, gradient_accumulation_steps=2, global_clipnorm=0.5, **averaged
+    )
+    return fitted(mlp(worker, jit_compile=True, optimizer=optimizer), X, Y)
+
+
 @case("communicates within the forward pass.*jit_compile=False")
 def xla_and_batch_normalization(worker: Worker) -> Result:
     """`BatchNormalization(synchronized=True)` with `jit_compile=True`"""

@@ -154,3 +154,22 @@ def test_workers_are_not_looked_for_through_a_proxy(monkeypatch: pytest.MonkeyPa
     os.environ["no_proxy"] = "a,192.0.2.1"
     multiworker.bypass_proxies()
     assert os.environ["no_proxy"] == "a,192.0.2.1,2001:db8::1"
+
+
+class NotForXla(keras.optimizers.SGD):
+    """An optimizer that calls Python, which XLA cannot."""
+
+    def update_step(self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor) -> None:
+        super().update_step(tf.py_function(tf.identity, [gradient], gradient.dtype), variable, learning_rate)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_xla_compiles_the_update_too(jit_compile: bool) -> None:
+    model = classifier()
+    model.compile(NotForXla(), "sparse_categorical_crossentropy", jit_compile=jit_compile)
+    multiworker.enable(model)
+    if not jit_compile:
+        model.fit(*rows(), verbose=0)
+        return
+    with pytest.raises(tf.errors.InvalidArgumentError, match="EagerPyFunc"):
+        model.fit(*rows(), verbose=0)
