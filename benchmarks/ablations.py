@@ -13,8 +13,9 @@ of the machine during the training therefore does not affect the result. With `-
 multiply-accumulates of a step take the place of its time, and with `--equal steps` each variant gets as many steps as
 the base. The learning-rate schedule always ends with the budget.
 
-Each finished training is appended to `--record` as a line, and the same command continues from there. Accuracy is
-measured on the validation rows; the test rows are not read.
+Where TensorFlow sees a GPU, the trainings share it; TF_FORCE_GPU_ALLOW_GROWTH=true lets each take only the memory that
+it needs. Each finished training is appended to `--record` as a line, and the same command continues from there.
+Accuracy is measured on the validation rows; the test rows are not read.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from turns import Answer, Contestant
 from perceiver.cost import macs_per_image, parameter_count
 from pipeline.data.ingest import load
 from pipeline.data.rows import Rows, stratified_split
+from pipeline.devices import load_cuda_libraries, used_device
 from pipeline.fields import keyed
 from pipeline.settings.config import PipelineConfig
 from pipeline.training.batches import steps_per_epoch
@@ -158,6 +160,7 @@ def train_and_validate(answer: Answer, config: PipelineConfig, steps: int, seed:
         {f"val_{name}": float(value) for name, value in metrics.items()}
         | {"loss": float(history["loss"][-1])}
         | {"parameters": parameter_count(config.model), "mmacs": macs_per_image(config.model) / 1e6}
+        | {"device": used_device()}
     )
 
 
@@ -177,6 +180,7 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Ro
     from pipeline.training.input_pipeline import training_dataset
     from pipeline.training.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 
+    load_cuda_libraries()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(seed)

@@ -107,6 +107,7 @@ def run(given: list[str]) -> dict[str, Any]:
         "mmacs": macs_per_image(config.model) / 1e6,
         "pflop": 6 * macs_per_image(config.model) * config.training_rows * len(curve) / 1e15,
         "machine": f"{os.cpu_count()} cores, {cpu_name()}",
+        "device": trained["output"]["device"],
         "curve": curve,
     }
 

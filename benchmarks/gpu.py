@@ -1,6 +1,6 @@
 """All that is to be known of a GPU, in one command: a table, and a line of JSON.
 
-    python benchmarks/gpu.py                        # on the GPUs of this host; it was not yet run on one
+    python benchmarks/gpu.py                        # on the GPUs of this host
     python benchmarks/gpu.py --train cifar-100-python.tar.gz --record gpu.jsonl    # and the accuracy of cifar100_gpu
     python benchmarks/gpu.py --smoke                # tiny sizes on a CPU, only to see that it runs
 
@@ -31,7 +31,7 @@ import keras
 import tensorflow as tf
 from gpu_host import augmented_per_second
 from gpu_parts import Part, measure_parts
-from gpu_steps import VARIANTS, Job, Speed, jobs, measure_steps
+from gpu_steps import VARIANTS, Job, Speed, jobs, measure_steps, speed_of
 from gpu_workers import images_per_second
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +40,7 @@ from pipeline.devices import (
     GpuError,
     Precision,
     best_precision,
+    load_cuda_libraries,
     multiply_on_gpu,
     require_gpu,
     set_up_tensorflow,
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--precision", choices=COMPUTE_DTYPES, help="default: what suits the GPU")
+    parser.add_argument("--jobs", nargs="+", help="names of the steps to be measured; default: all")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all; two with --smoke")
     parser.add_argument("--workers", type=int, nargs="+", help="default: 1, 2, 4, ... up to the GPUs of this host")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="copy of cifar-100-python.tar.gz; trains cifar100_gpu on it")
     parser.add_argument("--record", type=Path, default=Path("gpu.jsonl"), help="of the accuracy with --train")
     args = parser.parse_args()
+    load_cuda_libraries()
     gpus = [] if args.smoke else tf.config.list_physical_devices("GPU")
     set_up_tensorflow(len(os.sched_getaffinity(0)), bool(gpus))
     if not args.smoke:
@@ -72,15 +75,13 @@ def main() -> None:
     precision: Precision = args.precision or best_precision(capability)
     dtype = COMPUTE_DTYPES[precision]
     steps, turns = (2, 2) if args.smoke else (args.steps, args.turns)
+    work = chosen(jobs(precision, args.smoke), args.jobs)
     peak = matmul_peak(dtype)
-    work = jobs(precision, args.smoke)
-
     variants = args.variants or (SMOKE_VARIANTS if args.smoke else list(VARIANTS))
-    speeds = [
-        measure_steps(job, variant, peak, steps, turns)
-        for number, job in enumerate(work)
-        for variant in (variants[:1] if args.smoke and number else variants)
-    ]
+    speeds = []
+    for number, job in enumerate(work):
+        for variant in variants[:1] if args.smoke and number else variants:
+            speeds.append(said(measure_steps(job, variant, peak, steps, turns)))
     speeds += torch_speeds(work, peak, steps, turns, compiled=not args.smoke)
     parts = measure_parts(dtype, args.smoke, calls=3 if args.smoke else 20)
     host = {job.name: augmented_per_second(job, 0.2 if args.smoke else 5.0) for job in work}
@@ -104,14 +105,35 @@ def main() -> None:
     print(json.dumps(result))
 
 
+def chosen(work: list[Job], names: list[str] | None) -> list[Job]:
+    """The jobs with these names; all, if there are none. An unknown name ends the benchmark."""
+    known = {job.name: job for job in work}
+    if unknown := [name for name in names or [] if name not in known]:
+        sys.exit(f"error: --jobs {unknown[0]}: the jobs are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def said(speed: Speed) -> Speed:
+    """Prints a speed as soon as it is measured, since the next one may take minutes to compile."""
+    print(f"{speed.job}, {speed.variant}: {speed.images_per_second:,.1f} images/s, MFU {speed.mfu:.1%}", flush=True)
+    return speed
+
+
 def torch_speeds(work: list[Job], peak: float, steps: int, turns: int, compiled: bool) -> list[Speed]:
-    """Speeds of the same jobs in PyTorch; none if it is not installed."""
+    """Speeds of the same jobs in PyTorch, each in its own process; none if it is not installed."""
     if importlib.util.find_spec("torch") is None:
         print("PyTorch is not installed: left out")
         return []
-    from gpu_torch import measure_torch
-
-    return [measure_torch(job, peak, steps, turns, compiled) for job in work]
+    found = []
+    for job in work:
+        orders: dict[str, Any] = {"model": asdict(job.model), "precision": job.train.precision, "batch": job.batch}
+        orders |= {"label_smoothing": job.train.label_smoothing, "steps": steps, "turns": turns, "compiled": compiled}
+        command = [sys.executable, str(Path(__file__).with_name("gpu_torch.py")), json.dumps(orders)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        answer = json.loads(done.stdout.splitlines()[-1])
+        name = "PyTorch, torch.compile" if compiled else "PyTorch"
+        found.append(said(speed_of(job, name, answer["parameters"], answer["images_per_second"], peak)))
+    return found
 
 
 def accuracy(archive: Path, record: Path) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@
     library      Keras's own: `ops.dot_product_attention`, which is a flash attention where the backend has one,
                  `layers.LayerNormalization`, `ops.gelu`
 
-`python benchmarks/gpu.py` measures them on the device that is there. On CPUs the own ones are faster (docs/results.md).
-On GPUs nothing has been measured, so the table has the same there.
+`python benchmarks/gpu.py` measures them on the device that is there. On CPUs the own ones are faster, and on an H100
+without XLA; with XLA, the others have not been measured there (docs/results.md).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Implementations:
 
 CHOICES = {
     ("tensorflow", "cpu"): Implementations(),  # measured
-    ("tensorflow", "gpu"): Implementations(),  # not measured
+    ("tensorflow", "gpu"): Implementations(),  # measured without XLA
     ("jax", "cpu"): Implementations(),  # not measured
     ("jax", "gpu"): Implementations(),  # not measured
 }
