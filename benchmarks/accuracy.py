@@ -152,8 +152,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     names = list(dict.fromkeys(row["name"] for row in rows))
+    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
     for row in rows:
-        colour = f"C{names.index(row['name'])}"
+        colour = colours(names.index(row["name"]))
         epochs = len(row["curve"])
         pflop = [row["pflop"] * epoch / epochs for epoch in range(epochs + 1)]
         accuracy = [1 / 100, *(point["val_accuracy"] for point in row["curve"])]
