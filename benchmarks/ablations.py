@@ -40,7 +40,7 @@ from turns import Answer, Contestant
 from perceiver.cost import macs_per_image, parameter_count
 from pipeline.data.ingest import load
 from pipeline.data.rows import Rows, stratified_split
-from pipeline.devices import load_cuda_libraries, used_device
+from pipeline.devices import load_cusolver, used_device
 from pipeline.fields import keyed
 from pipeline.settings.config import PipelineConfig
 from pipeline.training.batches import steps_per_epoch
@@ -180,7 +180,7 @@ def prepare(config: PipelineConfig, steps: int, seed: int) -> tuple[Any, Any, Ro
     from pipeline.training.input_pipeline import training_dataset
     from pipeline.training.optimization import Accuracy, SmoothedCrossEntropy, TopKAccuracy, optimizer
 
-    load_cuda_libraries()
+    load_cusolver()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(seed)

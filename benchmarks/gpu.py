@@ -40,7 +40,7 @@ from pipeline.devices import (
     GpuError,
     Precision,
     best_precision,
-    load_cuda_libraries,
+    load_cusolver,
     multiply_on_gpu,
     require_gpu,
     set_up_tensorflow,
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="copy of cifar-100-python.tar.gz; trains cifar100_gpu on it")
     parser.add_argument("--record", type=Path, default=Path("gpu.jsonl"), help="of the accuracy with --train")
     args = parser.parse_args()
-    load_cuda_libraries()
+    load_cusolver()
     gpus = [] if args.smoke else tf.config.list_physical_devices("GPU")
     set_up_tensorflow(len(os.sched_getaffinity(0)), bool(gpus))
     if not args.smoke:

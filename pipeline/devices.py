@@ -41,7 +41,7 @@ def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
     import tensorflow as tf
 
     if use_gpu:
-        load_cuda_libraries()
+        load_cusolver()
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if gpus := tf.config.list_physical_devices("GPU"):
@@ -51,7 +51,7 @@ def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
             tf.config.experimental.set_memory_growth(device, True)
 
 
-def load_cuda_libraries() -> None:
+def load_cusolver() -> None:
     """Loads cuSOLVER from NVIDIA's package, if it is installed. To be called before TensorFlow looks for GPUs.
 
     TensorFlow 2.21 looks for NVIDIA's packages in the RUNPATH of libtensorflow_framework.so.2, which has the folders of
@@ -169,7 +169,7 @@ def require_gpu(option: str) -> None:
     """
     import tensorflow as tf
 
-    load_cuda_libraries()
+    load_cusolver()
     if tf.config.list_physical_devices("GPU"):
         return
     build = tf.sysconfig.get_build_info()

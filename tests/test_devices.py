@@ -104,7 +104,7 @@ def test_cusolver_is_loaded_from_nvidias_package(tmp_path: Path) -> None:
     library.parent.mkdir(parents=True)
     shutil.copy(_ctypes.__file__, library)
     (library.parent / "libcusolver.so.12").write_text("not a library")
-    command = "from pipeline.devices import load_cuda_libraries as load; load(); print(open('/proc/self/maps').read())"
+    command = "from pipeline.devices import load_cusolver as load; load(); print(open('/proc/self/maps').read())"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ WORKER = Path(__file__).with_name("gpu_worker.py")
 REHEARSAL = "PERCEIVER_REHEARSE_GPU_TESTS"
 """Environment variable: if it is set, the tests run on CPUs, to see that they would run on GPUs."""
 COUNT = (
-    "from pipeline.devices import load_cuda_libraries; load_cuda_libraries(); "
+    "from pipeline.devices import load_cusolver; load_cusolver(); "
     "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
 )
 EQUAL = 1e-3
