@@ -179,8 +179,8 @@ class NpzImages:
             if str(error).startswith(self._name):
                 raise
             raise ValueError(f"{self._name} cannot be read: {excerpt(error)}") from error
-        # NumPy parses a header as Python; zipfile raises the others, RuntimeError for an encrypted file and
-        # NotImplementedError, which is one, for an unknown compression.
+        # NumPy parses a header as Python. zipfile raises the others: RuntimeError for an encrypted file, and a subclass
+        # of it for an unknown compression.
         except (
             zipfile.BadZipFile, zlib.error, OSError, EOFError, SyntaxError, TypeError, KeyError, RuntimeError,
             MemoryError, OverflowError,
