@@ -38,10 +38,13 @@ def packed(rows: pa.Table) -> pa.Table:
 
     Ray Data counts batches in rows, and refuses to leave the count open where an actor has a GPU. So a part is a row.
     """
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
+    counted = pa.MockOutputStream()
+    with pa.ipc.new_stream(counted, rows.schema) as stream:
         stream.write_table(rows)
-    data = sink.getvalue()
+    # A stream of unknown size would grow by doubling, and a part of large images has hundreds of MB.
+    data = pa.allocate_buffer(counted.size())
+    with pa.ipc.new_stream(pa.FixedSizeBufferWriter(data), rows.schema) as stream:
+        stream.write_table(rows)
     offsets = pa.py_buffer(np.array([0, data.size], np.int64))
     return pa.table({"part": pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])})
 
