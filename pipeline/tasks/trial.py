@@ -1,7 +1,6 @@
 """Trains one trial of the search, by the same code that trains the final model."""
 
 import functools
-import gc
 import json
 import tempfile
 import time
@@ -79,14 +78,8 @@ class TrialTraining:
         resume_from: Path | None,
         report: Report,
     ) -> None:
-        import keras
-
         kept = _kept_models()
-        # Frees graphs of trials before and the arrays in cycles with them; imported modules are scanned only once.
-        keras.utils.clear_session(free_memory=False)
-        gc.collect()
-        if not gc.get_freeze_count():
-            gc.freeze()
+        kept.free_memory()
         committed = time.monotonic()
 
         def commit_and_report(metrics: dict[str, Any], folder: Path | None) -> None:

@@ -83,7 +83,6 @@ def fit(
         GpuError: if the GPU that `config` asks for does not compute.
         ValueError: if the checkpoint belongs to another order of rows.
     """
-    keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
     strategy = _strategy(config, worker)
     # After the strategy, which must come before all of TensorFlow's operations.
@@ -94,6 +93,7 @@ def fit(
     steps = steps_per_epoch(len(train), config.global_batch_size)
 
     def build() -> Compiled:
+        keras.utils.set_random_seed(config.seed)
         return _compiled(model_config, config, worker, class_counts, steps, strategy, stop, adjustable=kept is not None)
 
     lent = kept.lend(model_config, config, class_counts, steps, build) if kept else contextlib.nullcontext(build())

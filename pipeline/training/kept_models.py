@@ -3,10 +3,14 @@
 TensorFlow traces the steps of a model in Python, which takes seconds, and the trials of a search often differ only in
 learning rate and weight decay. In a model that is kept these two are variables. All its other variables are set to what
 they were at the start, so that a training gives the same results, to the bit, as with a model of its own.
+
+TensorFlow also prepares the steps for their execution, which takes a second. It forgets what it has prepared, for all
+models, when its seed is set or when Keras's session is cleared. Both are therefore done only where they are needed.
 """
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,6 +54,16 @@ class KeptModels:
     def __init__(self, most: int = MOST_KEPT) -> None:
         self._most = most
         self._models: dict[str, tuple[Compiled, dict[str, list[np.ndarray]]]] = {}
+        self._dropped = False
+
+    def free_memory(self) -> None:
+        """Frees what is left of models that are no longer kept; for the time between two trainings."""
+        if self._dropped:
+            keras.utils.clear_session(free_memory=False)
+            self._dropped = False
+        gc.collect()  # arrays in cycles
+        if not gc.get_freeze_count():
+            gc.freeze()  # imported modules are scanned only once
 
     @functools.cached_property
     def stop(self) -> multiworker.StopSignal:
@@ -72,23 +86,31 @@ class KeptModels:
             config: Training settings.
             class_counts: Number of training rows of each class.
             steps: Steps of an epoch.
-            build: Makes the model if none is kept; its `rates` must be variables.
+            build: Sets the seed and makes the model, if none is kept; its `rates` must be variables.
         """
         same = replace(config, learning_rate=1.0, weight_decay=float(config.weight_decay > 0))
         key = repr((model, same, class_counts, steps))
         if key in self._models:
             lent, start = self._models.pop(key)
+            if isinstance(model, OwnModel):  # its layers may draw from the generators of TensorFlow or NumPy
+                keras.utils.set_random_seed(config.seed)
             _reset(lent, start, config)
         else:
             while len(self._models) >= self._most:
                 del self._models[next(iter(self._models))]
-            lent = build()
+                self._dropped = True
+            try:
+                lent = build()
+            except Exception:
+                self._dropped = True
+                raise
             lent.model.optimizer.build(lent.model.trainable_variables)
             start = {kind: [np.array(v) for v in found] for kind, found in variables_by_kind(lent.model).items()}
         self.stop.reset()
         try:
             yield lent
         except Exception:
+            self._dropped = True
             raise
         except BaseException:  # a trial that is stopped
             self._models[key] = lent, start

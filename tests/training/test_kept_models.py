@@ -99,3 +99,26 @@ def test_only_models_of_the_same_shape_are_used_again() -> None:
     assert builds == [4, 8, 2, 8, 4], "the one that was used longest ago makes room"
     train(replace(config, seed=1), kept, num_latents=4)
     assert builds[5:] == [4], "another seed has other weights"
+
+
+def test_prepared_steps_are_forgotten_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both calls make TensorFlow prepare the steps of all models again, which takes longer than an epoch of a trial."""
+    calls: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(keras.utils, "set_random_seed", counted("seed", keras.utils.set_random_seed))
+    monkeypatch.setattr(keras.utils, "clear_session", counted("clear", keras.utils.clear_session))
+    config, kept = TrainingConfig(**{**TRAIN, **COSINE, "epochs": 1, "warmup_epochs": 0.0}), KeptModels(most=1)
+    expected = {(4, "a new model"): ["seed"], (4, "a kept one"): [], (8, "another shape"): ["seed"]}
+    expected |= {(8, "the first model was dropped"): ["clear"], (8, "nothing was dropped"): []}
+    for (latents, case), found in expected.items():
+        calls.clear()
+        kept.free_memory()
+        train(config, kept, num_latents=latents)
+        assert calls == found, case
