@@ -105,11 +105,11 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
             if not left_over:
                 raise
             progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
-        if "train" not in manifests:
-            check_initial_model(config)
         from pipeline.driver.resources import check_machine, connect
 
-        check_machine(config)  # before what takes longer
+        check_machine(config)  # before what takes longer: the import of MLflow, and the artifact store
+        if "train" not in manifests:
+            check_initial_model(config)
         if any(task.name == "register" for task in tasks) and "register" not in manifests:
             from pipeline.tracking.artifacts import check_artifacts
 

@@ -78,10 +78,10 @@ def check_initial_model(config: PipelineConfig) -> None:
     Raises:
         ValueError: if there is no such model, or no weights that can be trained further.
     """
-    from pipeline.registry.fetch import check_file
-    from pipeline.registry.versions import RETRAIN_FILE
-
     if config.train.initial_model:
+        from pipeline.registry.fetch import check_file  # it loads MLflow, which takes a second
+        from pipeline.registry.versions import RETRAIN_FILE
+
         check_file(config.train.initial_model, config.tracking_uri, RETRAIN_FILE)
 
 
