@@ -96,7 +96,11 @@ def fit(
         keras.utils.set_random_seed(config.seed)
         return _compiled(model_config, config, worker, class_counts, steps, strategy, stop, adjustable=kept is not None)
 
-    lent = kept.lend(model_config, config, class_counts, steps, build) if kept else contextlib.nullcontext(build())
+    if kept is None:
+        lent: contextlib.AbstractContextManager[Compiled] = contextlib.nullcontext(build())
+    else:
+        assert isinstance(model_config, PerceiverConfig), "models of one's own are not searched"
+        lent = kept.lend(model_config, config, class_counts, steps, build)
     with lent as compiled:
         _train(compiled, model_config, config, train, validation, worker, strategy, stop, steps)
 

@@ -22,7 +22,6 @@ from pipeline import multiworker
 from pipeline.training.checkpoint import variables_by_kind
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimization import Rates
-from pipeline.training.own_model import OwnModel
 from pipeline.training.throughput import StepClock
 
 MOST_KEPT = 4
@@ -73,7 +72,7 @@ class KeptModels:
     @contextlib.contextmanager
     def lend(
         self,
-        model: PerceiverConfig | OwnModel,
+        model: PerceiverConfig,
         config: TrainingConfig,
         class_counts: Sequence[int] | None,
         steps: int,
@@ -82,7 +81,7 @@ class KeptModels:
         """A model for a training that starts, for the time of the block. It is not kept if the block raises an error.
 
         Args:
-            model: Model settings, or a model of one's own.
+            model: Model settings. A Perceiver draws from no generator but its own, so a kept one needs no seed.
             config: Training settings.
             class_counts: Number of training rows of each class.
             steps: Steps of an epoch.
@@ -92,8 +91,6 @@ class KeptModels:
         key = repr((model, same, class_counts, steps))
         if key in self._models:
             lent, start = self._models.pop(key)
-            if isinstance(model, OwnModel):  # its layers may draw from the generators of TensorFlow or NumPy
-                keras.utils.set_random_seed(config.seed)
             _reset(lent, start, config)
         else:
             while len(self._models) >= self._most:
@@ -101,11 +98,11 @@ class KeptModels:
                 self._dropped = True
             try:
                 lent = build()
+                lent.model.optimizer.build(lent.model.trainable_variables)
+                start = {kind: [np.array(v) for v in found] for kind, found in variables_by_kind(lent.model).items()}
             except Exception:
                 self._dropped = True
                 raise
-            lent.model.optimizer.build(lent.model.trainable_variables)
-            start = {kind: [np.array(v) for v in found] for kind, found in variables_by_kind(lent.model).items()}
         self.stop.reset()
         try:
             yield lent
