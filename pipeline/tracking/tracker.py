@@ -9,6 +9,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,13 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 RETRY_SECONDS = 2.0
 # Error codes of MLflow that the same call will always get.
 REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+# MLflow reads a row and then inserts or updates it. If another writer inserts or deletes the row in between, it answers
+# BAD_REQUEST with the words of SQLAlchemy or of the database (SQLite, PostgreSQL, MySQL, SQL Server). The same call
+# succeeds afterwards.
+CONFLICT = re.compile(
+    r"expected to (?:update|delete) \d+ row|UNIQUE constraint failed|duplicate key value|Duplicate entry"
+    r"|Violation of (?:PRIMARY|UNIQUE) KEY"
+)
 
 
 def open_client(uri: str | None) -> MlflowClient:
@@ -58,9 +66,12 @@ class TrackingUnavailable(RuntimeError):
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request."""
+    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request.
+
+    The request of a writer to whom another came first (`CONFLICT`) may succeed, too.
+    """
     if isinstance(error, MlflowException):
-        return error.error_code not in REFUSALS
+        return error.error_code not in REFUSALS or CONFLICT.search(str(error)) is not None
     return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
 
 

@@ -3,22 +3,27 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlflow.models import Model
+from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from pipeline.registry.config import PromotionConfig
 from pipeline.registry.promotion import Evidence
 from pipeline.registry.versions import CHALLENGER, register
-from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.tracker import Tracker, TrackingError, retry_transient
 
 PROJECT = Path(__file__).parents[2]
 LIMITS = PromotionConfig(max_calibration_error=0.1, max_latency_ms=100.0)
@@ -132,19 +137,58 @@ def test_of_two_processes_at_once_the_best_is_champion(
     code = """
         import sys, time
         from pathlib import Path
+        from pipeline.tracking.tracker import retry_transient
         from tests.registry.test_versions import open_tracker, register_shapes
         meeting, name, number, hits = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
         tracker = open_tracker(Path(sys.argv[1]))
         (meeting / f"ready{number}").touch()
         while len(list(meeting.glob("ready*"))) < 2:
             time.sleep(0.001)
-        print(register_shapes(tracker, name, f"at once {number}", hits)["version"])
+        register = lambda: register_shapes(tracker, name, f"at once {number}", hits)
+        print(retry_transient(register, tracker.uri, 60)["version"])  # as the pipeline does
     """
     processes = [run_python(code, folder, tmp_path, name, number, hits) for number, hits in enumerate((780, 830))]
     worse, best = (int(process.communicate(timeout=120)[0]) for process in processes)
     assert {worse, best} == {2, 3}
     assert champion(tracker, name) == best
     assert tracker.client.get_model_version(name, str(best)).tags["promotion.state"] == "champion"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "statement", "words"),
+    [
+        (2, "DELETE FROM registered_model_aliases WHERE name = ?", "expected to update 1 row"),
+        (1, "INSERT INTO registered_model_aliases VALUES ('default', ?, 'challenger', 1)", "UNIQUE constraint failed"),
+    ],
+    ids=["deletes it", "sets it"],
+)
+def test_an_alias_is_set_although_another_writer_comes_first(
+    folder: Path, tracker: Tracker, name: str, earlier: int, statement: str, words: str
+) -> None:
+    """MLflow's store reads the row of an alias and then writes it. The other writer comes between the two."""
+    for version in range(earlier):
+        register_shapes(tracker, name, str(version), 700 - version)  # the second is the challenger
+    errors: list[str] = []
+
+    def come_between(session: Session, *_: object) -> None:
+        if not errors and any(isinstance(row, SqlRegisteredModelAlias) for row in (*session.new, *session.dirty)):
+            with closing(sqlite3.connect(folder / "mlflow.db")) as other, other:
+                other.execute(statement, (name,))
+
+    def register() -> dict[str, str]:
+        try:
+            return register_shapes(tracker, name, "mine", 760)
+        except TrackingError as error:
+            errors.append(str(error))
+            raise
+
+    event.listen(Session, "before_flush", come_between)
+    try:
+        registered = retry_transient(register, tracker.uri, 60)
+    finally:
+        event.remove(Session, "before_flush", come_between)
+    assert [words in error for error in errors] == [True]
+    assert champion(tracker, name) == int(registered["version"]) == earlier + 1
 
 
 @pytest.mark.parametrize("moment", ["create_model_version", "set_registered_model_alias", "set_model_version_tag"])

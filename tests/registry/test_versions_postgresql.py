@@ -55,7 +55,7 @@ def test_of_two_processes_at_once_the_best_is_champion(server: TrackingServer, t
         from pathlib import Path
         sys.path.append("tests/registry")
         from test_versions import register_shapes
-        from pipeline.tracking.tracker import Tracker
+        from pipeline.tracking.tracker import Tracker, retry_transient
         uri, meeting, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
         tracker = Tracker(uri, "shapes")
         for turn in range(3):
@@ -63,7 +63,8 @@ def test_of_two_processes_at_once_the_best_is_champion(server: TrackingServer, t
             while len(list(meeting.glob(f"{turn}.*"))) < 2:
                 time.sleep(0.001)
             hits = 780 + 60 * turn + (40 if number == "best" else 0)
-            print(register_shapes(tracker, "shapes", f"{turn}.{number}", hits)["version"])
+            register = lambda: register_shapes(tracker, "shapes", f"{turn}.{number}", hits)
+            print(retry_transient(register, uri, 60)["version"])  # as the pipeline does
     """
     processes = [
         subprocess.Popen(
