@@ -6,6 +6,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 SET_UP := .venv/.set-up
 SET_UP_GPU := .venv/.set-up-gpu
+TEST_WORKERS ?= 2
 # Errors only: pip and setuptools have many notices for those who make packages.
 QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
 
@@ -36,8 +37,8 @@ $(SET_UP_GPU): $(SET_UP) requirements-gpu.txt
 run: $(SET_UP) ## run the whole pipeline on the digits of scikit-learn
 	$(BIN)/python pipeline/run.py quickstart
 
-test: $(SET_UP) ## run all tests except the slow ones
-	$(BIN)/python -m pytest
+test: $(SET_UP) ## run all tests except the slow ones, in two processes; TEST_WORKERS=4: in four
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(SET_UP) ## run all tests
 	$(BIN)/python -m pytest -m ""

@@ -210,6 +210,7 @@ def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Run
     assert version.tags["promotion.state"] == "champion"
 
 
+@pytest.mark.slow  # tests/registry/test_registry_asked.py covers the same question to the registry
 def test_a_deleted_model_is_registered_again(new_runs: Runs) -> None:
     from mlflow import MlflowClient
 

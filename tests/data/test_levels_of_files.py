@@ -83,10 +83,10 @@ def test_a_jpeg_of_a_hundred_thousand_scans_is_refused() -> None:
     np.testing.assert_array_equal(
         decode(good + b"\xff\xda\0\2" * 1000, (64, 64, 1), None), decode(good, (64, 64, 1), None)
     )
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ImageError, match="is a JPEG of more than 100 scans"):
         decode(good[:-2] + last * 100_000 + b"\xff\xd9", (64, 64, 1), None)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_damaged_tiff_prints_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

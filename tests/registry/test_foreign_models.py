@@ -116,10 +116,10 @@ def test_a_description_that_is_no_classifier_is_refused(
             [{"type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": shape}}]
         )
     (folder / "MLmodel").write_text(yaml.safe_dump(described))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match=r"does not take one array of uint8|no MLmodel file that can"):
         fetch(str(folder), None, tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def nested(depth: int) -> list[Any]:
@@ -148,9 +148,9 @@ def test_a_description_that_cannot_be_read_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "MLmodel").write_text(text)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ValueError, match="has no MLmodel file that can be read:") as caught:
         fetch(str(tmp_path / "model"), None, tmp_path)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert len(str(caught.value)) < 1000
     assert not (tmp_path / "ran").exists()

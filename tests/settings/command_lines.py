@@ -1,13 +1,11 @@
 """Helpers of the tests of the command line: parse arguments, or run them in a process."""
 
-import os
 import re
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from processor_time import run_timed
 
 from pipeline.settings.command_line import parse
 from pipeline.settings.config import PipelineConfig
@@ -32,8 +30,5 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def run(*argv: object, **variables: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """`python pipeline/run.py` with `argv`, and the seconds that it took."""
-    start = time.monotonic()
-    command = [sys.executable, "pipeline/run.py", *map(str, argv)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables, timeout=60)
-    return result, time.monotonic() - start
+    """`python pipeline/run.py` with `argv`, and the seconds of processor time that it took."""
+    return run_timed("pipeline/run.py", *argv, **variables)

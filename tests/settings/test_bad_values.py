@@ -135,12 +135,7 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
 @pytest.mark.parametrize(("argv", "fragments"), BAD_RUNS, ids=lambda value: value[0] if value[0][0] == "-" else "")
 def test_a_bad_value_ends_the_run_at_once(argv: list[str], fragments: list[str], tmp_path: Path) -> None:
     storage = [] if "--storage" in argv else ["--storage", str(tmp_path / "runs")]
-    seconds = []
-    for _ in range(3):  # the machine may be busy with something else
-        result, took = run(*argv, *storage, RAY_TMPDIR=str(tmp_path))
-        seconds.append(took)
-        if took < 3:
-            break
+    result, seconds = run(*argv, *storage, RAY_TMPDIR=str(tmp_path))
     assert result.returncode == 2
     assert "Traceback" not in result.stdout + result.stderr
     message = BORDER.sub(" ", result.stderr)
@@ -148,4 +143,4 @@ def test_a_bad_value_ends_the_run_at_once(argv: list[str], fragments: list[str],
         assert fragment in message
     assert len(message) < 600
     assert not (tmp_path / "ray").exists(), "Ray was started"
-    assert min(seconds) < 3
+    assert seconds < 3

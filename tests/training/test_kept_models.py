@@ -15,7 +15,9 @@ from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
 from pipeline.training.config import TrainingConfig
 from pipeline.training.fit import fit
-from pipeline.training.kept_models import KeptModels
+from pipeline.training.kept_models import Compiled, KeptModels
+from pipeline.training.optimization import Rates
+from pipeline.training.throughput import StepClock
 from pipeline.training.worker import Worker
 
 DIGITS = load_digits()
@@ -82,23 +84,28 @@ def test_a_kept_model_trains_as_a_new_one(recipe: str, monkeypatch: pytest.Monke
 
 
 def test_only_models_of_the_same_shape_are_used_again() -> None:
-    config, kept = TrainingConfig(**{**TRAIN, **COSINE, "epochs": 1, "warmup_epochs": 0.0}), KeptModels(most=2)
-    builds = []
+    """The tests above and below train such models. Here it is counted how many are built."""
+    config, kept = TrainingConfig(**{**TRAIN, **COSINE}), KeptModels(most=2)
+    built: list[Compiled] = []
 
-    class Counting(KeptModels):
-        def lend(self, model: Any, config: Any, class_counts: Any, steps: Any, build: Any) -> Any:
-            def counted() -> Any:
-                builds.append(model.num_latents)
-                return build()
+    def build() -> Compiled:
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        built.append(Compiled(model, Rates(config), StepClock(50, 1, 1.0)))
+        return built[-1]
 
-            return super().lend(model, config, class_counts, steps, counted)
+    def number_of(config: TrainingConfig, latents: int, classes: list[int] | None = None, steps: int = 10) -> int:
+        """Which of the models, in the order in which they were built, is lent."""
+        shape = PerceiverConfig(**{**MODEL, "num_latents": latents})
+        with kept.lend(shape, config, classes, steps, build) as lent:
+            return built.index(lent)
 
-    kept = Counting(most=2)
-    for latents in (4, 4, 8, 4, 2, 8, 4):
-        train(config, kept, num_latents=latents)
-    assert builds == [4, 8, 2, 8, 4], "the one that was used longest ago makes room"
-    train(replace(config, seed=1), kept, num_latents=4)
-    assert builds[5:] == [4], "another seed has other weights"
+    lent = [number_of(config, latents) for latents in (4, 4, 8, 4, 2, 8, 4)]
+    assert lent == [0, 0, 1, 0, 2, 3, 4], "the one that was used longest ago makes room"
+    assert number_of(replace(config, learning_rate=1e-4), 4) == 4
+    assert number_of(replace(config, seed=1), 4) == 5, "another seed has other weights"
+    assert number_of(config, 4, [10, 20]) == 6, "the weights of the classes are constants of the steps"
+    assert number_of(config, 4, [10, 20], steps=11) == 7, "the schedule depends on the number of steps"
 
 
 def test_prepared_steps_are_forgotten_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

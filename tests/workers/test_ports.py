@@ -9,6 +9,7 @@ from session_processes import processes_of_this_session
 from test_survival import Run, manifest, storage  # noqa: F401  its fixtures
 
 from pipeline.storage import Storage
+from pipeline.workflow.task import StoppedEarly
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STRANGER = "127.0.0.2"  # workers of one host speak from 127.0.0.1
@@ -38,4 +39,6 @@ def test_strangers_cannot_connect_to_tensorflow(storage: Storage, manifest: dict
     for pid, found in ports.items():
         for port in sorted(found):
             print(f"{port} {'open' if can_connect(port) else 'closed'}: {commands[pid][:60]}")
-    assert run.result()["num_workers"] == 2
+    run.channel.request_stop()
+    with pytest.raises(StoppedEarly):
+        run.result()

@@ -60,13 +60,14 @@ class Run(threading.Thread):
         self.storage, self.manifest, self.state = storage, manifest, state
         self.model, train = trained_configs(quickstart(), manifest)
         self.config = TrainingConfig(**{**vars(train), "learning_rate_schedule": "constant", **settings})
+        self.channel = Channel()
         self.output: dict[str, Any] | None = None
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             self.output = training.train(
-                self.model, self.config, self.manifest, self.storage, state=self.state, channel=Channel()
+                self.model, self.config, self.manifest, self.storage, state=self.state, channel=self.channel
             )
         except BaseException as error:
             self.error = error
