@@ -19,10 +19,11 @@ from pipeline.masking import masked
 from pipeline.settings.config import PipelineConfig, flatten, trained_configs
 from pipeline.storage import Storage
 from pipeline.tasks.events import TrialChanged
+from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.outbox import Record, Unsent
 from pipeline.tracking.provenance import EnergyMeter, cluster_hardware, collect_provenance, training_cost
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.tracker import Tracker, TrackingError
+from pipeline.tracking.tracker import Tracker
 from pipeline.training.worker import EpochEnded
 from pipeline.workflow.task import Stopped
 

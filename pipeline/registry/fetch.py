@@ -12,8 +12,9 @@ from mlflow.models import Model
 from pipeline.contact import check_path
 from pipeline.registry.versions import has_file
 from pipeline.tracking.artifacts import download
+from pipeline.tracking.errors import TrackingError, is_transient
 from pipeline.tracking.server import check_server, has_database
-from pipeline.tracking.tracker import TrackingError, is_transient, open_client
+from pipeline.tracking.tracker import open_client
 
 CHAMPION = "champion"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[\w-]+))?")

@@ -15,8 +15,9 @@ from pipeline.registry.model_card import ModelCard
 from pipeline.registry.promotion import Evidence
 from pipeline.registry.versions import register
 from pipeline.tracking.artifacts import write_probe
+from pipeline.tracking.errors import retry_transient
 from pipeline.tracking.provenance import collect_provenance
-from pipeline.tracking.tracker import Tracker, retry_transient
+from pipeline.tracking.tracker import Tracker
 
 # How long a tracking server may be away before the task fails; nothing else is left to do meanwhile.
 PATIENCE_SECONDS = 180.0

@@ -26,7 +26,8 @@ from mlflow.models import Model
 from pipeline.registry.config import PromotionConfig
 from pipeline.registry.promotion import Candidate, Evidence, decide
 from pipeline.tracking.artifacts import TRANSFER_SECONDS, download, list_files, within
-from pipeline.tracking.tracker import IDENTITY_TAG, Tracker, TrackingError
+from pipeline.tracking.errors import TrackingError
+from pipeline.tracking.tracker import IDENTITY_TAG, Tracker
 
 CHALLENGER = "challenger"
 # Files of a version in addition to those that MLflow writes.

@@ -17,7 +17,8 @@ from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pipeline.contact import MAY_HANG, check_path
-from pipeline.tracking.tracker import Tracker, TrackingError, is_transient
+from pipeline.tracking.errors import TrackingError, is_conflict, is_transient
+from pipeline.tracking.tracker import Tracker
 
 ANSWER_SECONDS = 10.0
 """How long the store may take for a small file or a listing. The libraries of the clouds wait for minutes."""
@@ -118,7 +119,7 @@ def check_artifacts(tracking_uri: str, experiment: str, artifact_location: str |
     try:
         tracker = Tracker(tracking_uri, experiment, artifact_location)
     except TrackingError as error:
-        if is_transient(error):
+        if is_transient(error) or is_conflict(error):
             return
         raise ValueError(f"tracking.uri = {tracking_uri}: the server refuses the experiment: {error}") from error
     location = tracker.artifact_location

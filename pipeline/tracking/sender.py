@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 from pipeline.contact import MAY_HANG
 from pipeline.storage import Storage
+from pipeline.tracking.errors import is_transient
 from pipeline.tracking.outbox import Outbox, Record, Unsent
-from pipeline.tracking.tracker import Tracker, is_transient
+from pipeline.tracking.tracker import Tracker
 
 # Seconds between attempts to reach a server that does not answer: doubled from the first to the longest.
 FIRST_WAIT, LONGEST_WAIT = 0.25, 5.0

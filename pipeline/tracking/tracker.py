@@ -9,23 +9,21 @@ import fcntl
 import json
 import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
-from mlflow import MlflowClient, MlflowException
+from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from pipeline.tracking.config import STORE_REMEDY, TRACKING_STORES
+from pipeline.tracking.errors import TrackingError, TrackingUnavailable
 
-TrackingError = MlflowException  # so that other packages need not import MLflow
-T = TypeVar("T")
 IDENTITY_TAG = "pipeline.identity"
 # MLflow reads these from the environment only, at each call. Values that the user has set take precedence.
 ENVIRONMENT = {
@@ -36,16 +34,6 @@ ENVIRONMENT = {
 }
 # Without it, `mlflow ui` opens the experiment in its view of generative AI.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-RETRY_SECONDS = 2.0
-# Error codes of MLflow that the same call will always get.
-REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
-# MLflow reads a row and then inserts or updates it. If another writer inserts or deletes the row in between, it answers
-# BAD_REQUEST with the words of SQLAlchemy or of the database (SQLite, PostgreSQL, MySQL, SQL Server). The same call
-# succeeds afterwards.
-CONFLICT = re.compile(
-    r"expected to (?:update|delete) \d+ row|UNIQUE constraint failed|duplicate key value|Duplicate entry"
-    r"|Violation of (?:PRIMARY|UNIQUE) KEY"
-)
 
 
 def open_client(uri: str | None) -> MlflowClient:
@@ -61,46 +49,6 @@ def open_client(uri: str | None) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-class TrackingUnavailable(RuntimeError):
-    """The tracking store has not answered for too long."""
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request.
-
-    The request of a writer to whom another came first (`CONFLICT`) may succeed, too.
-    """
-    if isinstance(error, MlflowException):
-        return error.error_code not in REFUSALS or CONFLICT.search(str(error)) is not None
-    return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
-
-
-def retry_transient(call: Callable[[], T], uri: str, seconds: float) -> T:
-    """Calls `call`, which must be idempotent, until it succeeds; returns its result.
-
-    Args:
-        uri: Tracking URI for the error message.
-        seconds: How long transient errors are retried.
-
-    Raises:
-        TrackingUnavailable: If the store has not answered by then.
-        Exception: Any other error of `call`, at once.
-    """
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            if time.monotonic() > end:
-                raise TrackingUnavailable(
-                    f"tracking.uri = {uri} has not answered for {seconds:.0f} s: once it does, run the same command to "
-                    f"continue from here ({error})"
-                ) from error
-            time.sleep(RETRY_SECONDS)
-
-
 class Tracker:
     """Runs of one experiment.
 
@@ -112,7 +60,7 @@ class Tracker:
 
     Raises:
         ValueError: If the experiment was deleted.
-        MlflowException: If the store does not answer.
+        TrackingError: If the store does not answer.
     """
 
     def __init__(self, uri: str, experiment: str, artifact_location: str | None = None) -> None:
@@ -128,7 +76,7 @@ class Tracker:
             if found is None:
                 try:
                     self.client.create_experiment(experiment, artifact_location, tags=EXPERIMENT_TAGS)
-                except MlflowException as error:
+                except TrackingError as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has just created it
                         raise
                 found = self.client.get_experiment_by_name(experiment)

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.models import Model
-from mlflow.store.model_registry.dbmodels.models import SqlRegisteredModelAlias
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from pipeline.registry.config import PromotionConfig
 from pipeline.registry.promotion import Evidence
 from pipeline.registry.versions import CHALLENGER, register
-from pipeline.tracking.tracker import Tracker, TrackingError, retry_transient
+from pipeline.tracking.errors import TrackingError, is_transient, retry_transient
+from pipeline.tracking.tracker import Tracker
 
 PROJECT = Path(__file__).parents[2]
 LIMITS = PromotionConfig(max_calibration_error=0.1, max_latency_ms=100.0)
@@ -137,7 +137,7 @@ def test_of_two_processes_at_once_the_best_is_champion(
     code = """
         import sys, time
         from pathlib import Path
-        from pipeline.tracking.tracker import retry_transient
+        from pipeline.tracking.errors import retry_transient
         from tests.registry.test_versions import open_tracker, register_shapes
         meeting, name, number, hits = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
         tracker = open_tracker(Path(sys.argv[1]))
@@ -155,23 +155,33 @@ def test_of_two_processes_at_once_the_best_is_champion(
 
 
 @pytest.mark.parametrize(
-    ("earlier", "statement", "words"),
+    ("earlier", "row", "statement", "words"),
     [
-        (2, "DELETE FROM registered_model_aliases WHERE name = ?", "expected to update 1 row"),
-        (1, "INSERT INTO registered_model_aliases VALUES ('default', ?, 'challenger', 1)", "UNIQUE constraint failed"),
+        (2, "challenger", "DELETE FROM registered_model_aliases WHERE name = ?", "expected to update 1 row"),
+        (
+            *(1, "challenger"),
+            "INSERT INTO registered_model_aliases (name, alias, version) VALUES (?, 'challenger', 1)",
+            "UNIQUE constraint failed",
+        ),
+        (
+            *(1, "promotion.reason"),
+            "INSERT INTO model_version_tags (name, version, key, value) VALUES (?, 2, 'promotion.reason', 'other')",
+            "UNIQUE constraint failed",
+        ),
     ],
-    ids=["deletes it", "sets it"],
+    ids=["deletes an alias", "sets an alias", "sets a tag"],
 )
-def test_an_alias_is_set_although_another_writer_comes_first(
-    folder: Path, tracker: Tracker, name: str, earlier: int, statement: str, words: str
+def test_a_registration_succeeds_although_another_writer_comes_first(
+    folder: Path, tracker: Tracker, name: str, earlier: int, row: str, statement: str, words: str
 ) -> None:
-    """MLflow's store reads the row of an alias and then writes it. The other writer comes between the two."""
+    """MLflow's store reads the row of an alias or a tag and then writes it. The other writer comes between the two."""
     for version in range(earlier):
         register_shapes(tracker, name, str(version), 700 - version)  # the second is the challenger
-    errors: list[str] = []
+    errors: list[TrackingError] = []
 
     def come_between(session: Session, *_: object) -> None:
-        if not errors and any(isinstance(row, SqlRegisteredModelAlias) for row in (*session.new, *session.dirty)):
+        changed = {getattr(entity, "alias", getattr(entity, "key", "")) for entity in (*session.new, *session.dirty)}
+        if not errors and row in changed:
             with closing(sqlite3.connect(folder / "mlflow.db")) as other, other:
                 other.execute(statement, (name,))
 
@@ -179,7 +189,7 @@ def test_an_alias_is_set_although_another_writer_comes_first(
         try:
             return register_shapes(tracker, name, "mine", 760)
         except TrackingError as error:
-            errors.append(str(error))
+            errors.append(error)
             raise
 
     event.listen(Session, "before_flush", come_between)
@@ -187,7 +197,10 @@ def test_an_alias_is_set_although_another_writer_comes_first(
         registered = retry_transient(register, tracker.uri, 60)
     finally:
         event.remove(Session, "before_flush", come_between)
-    assert [words in error for error in errors] == [True]
+    (error,) = errors
+    assert words in str(error)
+    # The sender repeats a refusal once, which is enough. It must not repeat it for ever, since other records wait.
+    assert not is_transient(error)
     assert champion(tracker, name) == int(registered["version"]) == earlier + 1
 
 

@@ -55,7 +55,8 @@ def test_of_two_processes_at_once_the_best_is_champion(server: TrackingServer, t
         from pathlib import Path
         sys.path.append("tests/registry")
         from test_versions import register_shapes
-        from pipeline.tracking.tracker import Tracker, retry_transient
+        from pipeline.tracking.errors import retry_transient
+        from pipeline.tracking.tracker import Tracker
         uri, meeting, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
         tracker = Tracker(uri, "shapes")
         for turn in range(3):

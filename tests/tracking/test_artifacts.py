@@ -13,7 +13,8 @@ from pipeline.registry.fetch import fetch, is_registered
 from pipeline.registry.versions import has_file
 from pipeline.tracking import artifacts
 from pipeline.tracking.artifacts import check_artifacts, write_probe
-from pipeline.tracking.tracker import Tracker, open_client, retry_transient
+from pipeline.tracking.errors import retry_transient
+from pipeline.tracking.tracker import Tracker, open_client
 
 
 @pytest.fixture

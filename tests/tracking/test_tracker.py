@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.tracker import Tracker, TrackingUnavailable, retry_transient
+from pipeline.tracking.errors import TrackingUnavailable, retry_transient
+from pipeline.tracking.tracker import Tracker
 
 PROJECT = Path(__file__).parents[2]
 SHA256 = "0123456789abcdef" * 4
