@@ -18,6 +18,7 @@ import pytest
 from pipeline.data.shards import read_rows
 from pipeline.evaluation.metrics import softmax
 from pipeline.evaluation.predictions import read_predictions
+from pipeline.settings.command_line import parse
 from pipeline.storage import Storage
 from pipeline.tasks import graph
 
@@ -210,7 +211,19 @@ def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Run
     assert version.tags["promotion.state"] == "champion"
 
 
-@pytest.mark.slow  # tests/registry/test_registry_asked.py covers the same question to the registry
+def test_a_result_whose_registered_model_was_deleted_is_not_current(runs: Runs, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    shutil.copytree(runs.storage, tmp_path / "runs")
+    config = parse(["quickstart", *SMALL, "--storage", str(tmp_path / "runs")])[1].config
+    (register,) = [task for task in graph.TASKS if task.name == "register"]
+    output = manifest(runs, "register")["output"] | {"tracking_uri": config.tracking_uri}
+    assert register.is_current(config, output)
+    MlflowClient(config.tracking_uri).delete_registered_model("perceiver")
+    assert not register.is_current(config, output)
+
+
+@pytest.mark.slow  # a training; the test above and tests/workflow/test_run.py cover both halves of it
 def test_a_deleted_model_is_registered_again(new_runs: Runs) -> None:
     from mlflow import MlflowClient
 
