@@ -84,7 +84,7 @@ def test_a_kept_model_trains_as_a_new_one(recipe: str, monkeypatch: pytest.Monke
 
 
 def test_only_models_of_the_same_shape_are_used_again() -> None:
-    """The tests above and below train such models. Here it is counted how many are built."""
+    """Only the choice among them is tested here. The other tests train them."""
     config, kept = TrainingConfig(**{**TRAIN, **COSINE}), KeptModels(most=2)
     built: list[Compiled] = []
 
