@@ -27,7 +27,7 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
         say: Prints a line for a person who waits.
 
     Returns:
-        Whether the cluster outlives this process.
+        Whether the cluster was there before, and so may outlive this process.
 
     Raises:
         ValueError: if the workers or the trials of `config` can never fit, if nothing answers at `$RAY_ADDRESS`, or if
@@ -49,7 +49,7 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
 
 def check_machine(config: PipelineConfig) -> None:
     """Compares what the tasks need with what this machine has, if Ray would be started on it; raises as `connect`."""
-    if address_to_join() is None:
+    if not ray.is_initialized() and address_to_join() is None:
         check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
 
 

@@ -69,8 +69,7 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
         progress.begin(source, todo)
         if todo:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            if not ray.is_initialized():
-                join_or_start()
+            join_or_start()
             _check_room(options)
             if options.use_gpu:
                 require_gpu_in_cluster("use_gpu")

@@ -52,11 +52,15 @@ STORAGE_SECONDS = 60.0
 
 
 def join_or_start() -> bool:
-    """Joins the Ray cluster that is running, or starts one on this machine; returns whether it has joined one.
+    """Joins the Ray cluster that is running, or starts one on this machine; returns whether it has started none.
+
+    A process that is connected already, by an earlier call or by a program around this package, stays so.
 
     Raises:
         ValueError: if the cluster cannot be joined or started; says why, and the remedy.
     """
+    if ray.is_initialized():
+        return True
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = address_to_join()
     if not address:

@@ -37,6 +37,8 @@ CONNECT = """if True:
             assert len(said) == 1 and "waiting up to 1.5 s for more nodes" in said[0], said
         else:
             raise AssertionError("8 CPUs of 4")
+    nodes = ray.nodes()
+    assert connect(quickstart(), Storage(sys.argv[1])) and ray.nodes() == nodes, "a process that is connected stays so"
     print("foreign" if "foreign" in ray.cluster_resources() else "own")
 """
 FOREIGN = """if True:
