@@ -4,12 +4,12 @@
     python benchmarks/gpu.py --train cifar-100-python.tar.gz --record gpu.jsonl    # and the accuracy of cifar100_gpu
     python benchmarks/gpu.py --smoke                # tiny sizes on a CPU, only to see that it runs
 
-It measures: a training step of `cifar100_gpu` and of `paper_imagenet` with each implementation of attention, LayerNorm
-and GELU, with and without XLA, and of an equal Perceiver in PyTorch with torch.compile if that is installed (MFU: share
-of the peak of a large matrix product on the same device); these parts alone, forward and backward; the throughput of 1,
-2, 4, ... workers on the GPUs of this host; and the images/s that a core augments, which says how many cores a GPU
-needs. A speed is the median of `--turns` turns of `--steps` steps, on a batch that lies on the device; the last column
-has the fastest turn.
+It measures: a training step of `cifar100_gpu`, `paper_imagenet` and `cifar100` with each implementation of attention,
+LayerNorm and GELU, with and without XLA, and of an equal Perceiver in PyTorch with torch.compile if that is installed
+(MFU: share of the peak of a large matrix product on the same device); these parts alone, forward and backward; the
+images/s that a core augments, which says how many cores a GPU needs; and the throughput of 1, 2, 4, ... workers on the
+GPUs of this host, each with the step of the pipeline and what the preset says of XLA. A speed is the median of
+`--turns` turns of `--steps` steps, on a batch that lies on the device; the last column has the fastest turn.
 
 `perceiver/implementations.py` has the table that the result decides, `pipeline/devices.py` what else depends on the
 device.
@@ -50,6 +50,7 @@ from pipeline.training.throughput import matmul_peak
 
 COMPUTE_DTYPES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16", "float32": "float32"}
 
+LEFT_OUT = ("torch", "parts", "host", "workers")
 SMOKE_VARIANTS = ["own", "plain Keras, XLA"]
 
 
@@ -60,6 +61,10 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", help="names of the steps to be measured; default: all")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all; two with --smoke")
     parser.add_argument("--workers", type=int, nargs="+", help="default: 1, 2, 4, ... up to the GPUs of this host")
+    parser.add_argument(
+        "--leave-out", nargs="+", choices=LEFT_OUT, default=[], help="what is not measured beside the steps"
+    )
+    parser.add_argument("--parallel", type=int, default=3, help="steps that are compiled at the same time")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--train", type=Path, help="copy of cifar-100-python.tar.gz; trains cifar100_gpu on it")
@@ -78,15 +83,24 @@ def main() -> None:
     work = chosen(jobs(precision, args.smoke), args.jobs)
     peak = matmul_peak(dtype)
     variants = args.variants or (SMOKE_VARIANTS if args.smoke else list(VARIANTS))
+    cases = [(job, variant) for job in work for variant in variants]
+    if args.smoke:
+        cases = [case for case in cases if case[0] is work[0] or case[1] == variants[0]]
     speeds = []
-    for number, job in enumerate(work):
-        for variant in variants[:1] if args.smoke and number else variants:
-            speeds.append(said(measure_steps(job, variant, peak, steps, turns)))
-    speeds += torch_speeds(work, peak, steps, turns, compiled=not args.smoke)
-    parts = measure_parts(dtype, args.smoke, calls=3 if args.smoke else 20)
-    host = {job.name: augmented_per_second(job, 0.2 if args.smoke else 5.0) for job in work}
+    for first in range(0, len(cases), args.parallel):
+        for speed in measure_steps(cases[first : first + args.parallel], peak, bool(gpus), steps, turns):
+            speeds.append(said(speed))
+    measured = set(LEFT_OUT) - set(args.leave_out)
+    if "torch" in measured:
+        speeds += torch_speeds(work, peak, steps, turns, compiled=not args.smoke)
+    parts = measure_parts(dtype, args.smoke, calls=3 if args.smoke else 20) if "parts" in measured else []
+    seconds = 0.2 if args.smoke else 5.0
+    host = {job.name: augmented_per_second(job, seconds) for job in work if "host" in measured}
     counts = args.workers or ([] if args.smoke else _doubling(len(gpus)))
-    workers = {count: images_per_second(work[0], count, bool(gpus), steps, turns) for count in counts}
+    workers = {}
+    for count in counts if "workers" in measured else ():
+        workers[count] = images_per_second(work[0], count, bool(gpus), steps, turns)
+        print(f"{work[0].name}, {count} workers: {workers[count]:,.1f} images/s", flush=True)
     result = {
         "benchmark": "gpu",
         "smoke": args.smoke,
@@ -115,7 +129,9 @@ def chosen(work: list[Job], names: list[str] | None) -> list[Job]:
 
 def said(speed: Speed) -> Speed:
     """Prints a speed as soon as it is measured, since the next one may take minutes to compile."""
-    print(f"{speed.job}, {speed.variant}: {speed.images_per_second:,.1f} images/s, MFU {speed.mfu:.1%}", flush=True)
+    doubt = "" if speed.is_finite else ", but the loss is not finite"
+    rate = f"{speed.images_per_second:,.1f} images/s, MFU {speed.mfu:.1%}"
+    print(f"{speed.job}, {speed.variant}: {rate}{doubt}", flush=True)
     return speed
 
 
@@ -161,19 +177,22 @@ def show(result: dict[str, Any], speeds: list[Speed], parts: list[Part]) -> None
     table = Table("step", "computed by", "batch", "parameters", "images/s", "MFU", "fastest", title=title)
     for speed in speeds:
         rates = f"{speed.images_per_second:,.1f}", f"{speed.mfu:.1%}", f"{speed.fastest:,.1f}"
-        table.add_row(speed.job, speed.variant, f"{speed.batch}", f"{speed.parameters:,}", *rates)
+        variant = speed.variant if speed.is_finite else f"{speed.variant} (loss not finite)"
+        table.add_row(speed.job, variant, f"{speed.batch}", f"{speed.parameters:,}", *rates)
     console.print(table)
-    table = Table("part", "computed by", "ms", "difference", title="Forward and backward pass of the parts")
-    for part in parts:
-        table.add_row(part.part, part.implementation, f"{part.milliseconds:.3f}", f"{part.difference:.0e}")
-    console.print(table)
+    if parts:
+        table = Table("part", "computed by", "ms", "difference", title="Forward and backward pass of the parts")
+        for part in parts:
+            table.add_row(part.part, part.implementation, f"{part.milliseconds:.3f}", f"{part.difference:.0e}")
+        console.print(table)
     best: dict[str, float] = {}
     for speed in speeds:
         best[speed.job] = max(best.get(speed.job, 0.0), speed.images_per_second)
-    table = Table("step", "images/s a core augments", "cores a device needs", title="Augmentation on the host")
-    for name, rate in result["augmented_per_second"].items():
-        table.add_row(name, f"{rate:,.0f}", f"{best[name] / rate:.2f}")
-    console.print(table)
+    if result["augmented_per_second"]:
+        table = Table("step", "images/s a core augments", "cores a device needs", title="Augmentation on the host")
+        for name, rate in result["augmented_per_second"].items():
+            table.add_row(name, f"{rate:,.0f}", f"{best[name] / rate:.2f}")
+        console.print(table)
     if result["workers"]:
         table = Table("workers", "images/s together", "of as many alone", title="Workers on this host")
         first, alone = next(iter(result["workers"].items()))

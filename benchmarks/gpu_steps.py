@@ -1,19 +1,27 @@
-"""Training steps of Perceivers on the device that is there; for `benchmarks/gpu.py`."""
+"""Training steps of Perceivers on the device that is there; for `benchmarks/gpu.py`.
 
+Each is traced and compiled in a process of its own, all at the same time, because that takes about a minute each and
+computes on a core of the host. Only then are they timed, in turns.
+"""
+
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from turns import Answer, Contestant
 
 from perceiver import Perceiver, PerceiverConfig, presets
 from perceiver.cost import macs_per_image, parameter_count
 from perceiver.implementations import Implementations, using
-from pipeline.devices import Precision
+from pipeline.devices import Precision, set_up_tensorflow
 from pipeline.settings.presets import PRESETS
 from pipeline.training.config import TrainingConfig
 from pipeline.training.optimization import SmoothedCrossEntropy, optimizer
@@ -53,6 +61,8 @@ class Speed:
     fastest: float
     mfu: float
     """Share of the peak of a large matrix product in the same dtype, on the same device."""
+    is_finite: bool = True
+    """Whether the loss was a number to the end."""
 
 
 VARIANTS: dict[str, tuple[Implementations, bool]] = {
@@ -73,6 +83,7 @@ def jobs(precision: Precision, smoke: bool) -> list[Job]:
         return [
             Job("cifar100_gpu", presets.cifar100_gpu(), train, train.global_batch_size),
             Job("paper_imagenet", presets.paper_imagenet(), replace(train, global_batch_size=16), 16),
+            Job("cifar100", presets.cifar100(), replace(train, global_batch_size=128), 128),
         ]
     tiny: dict[str, Any] = {
         "latent_dim": 16,
@@ -87,23 +98,43 @@ def jobs(precision: Precision, smoke: bool) -> list[Job]:
     return [Job("cifar100_gpu, tiny", small, train, 8), Job("paper_imagenet, tiny", pixels, train, 4)]
 
 
-def measure_steps(job: Job, variant: str, peak: float, steps: int, turns: int) -> Speed:
-    """Speed of `variant` of a job, over `turns` of `steps` steps each.
+def measure_steps(
+    cases: Sequence[tuple[Job, str]], peak: float, use_gpu: bool, steps: int, turns: int
+) -> Iterator[Speed]:
+    """Yields the speed of each case, over `turns` of `steps` steps each.
 
     Args:
-        job: What is trained.
-        variant: One of `VARIANTS`.
+        cases: Jobs and one of `VARIANTS` each; all are compiled before the first is timed.
         peak: FLOP/s of a large matrix product.
+        use_gpu: Whether to compute on the first GPU.
         steps: Steps of a turn, which ends when the device has finished.
         turns: Number of turns; the speed is the median.
     """
+    with ExitStack() as stack:
+        contestants = []
+        for job, variant in cases:
+            contestants.append(Contestant(time_steps, job, variant, use_gpu, steps))
+            stack.callback(contestants[-1].end)
+        for contestant in contestants:
+            contestant.wait()
+        turns_of_all = [[contestant.turn() for contestant in contestants] for _ in range(turns)]
+    for (job, variant), own in zip(cases, zip(*turns_of_all, strict=True), strict=True):
+        rates = [job.batch * steps / seconds for seconds, _ in own]
+        speed = speed_of(job, variant, parameter_count(job.model), rates, peak)
+        yield replace(speed, is_finite=all(math.isfinite(loss) for _, loss in own))
+
+
+def time_steps(answer: Answer, job: Job, variant: str, use_gpu: bool, steps: int) -> None:
+    """Case of a `Contestant`: answers once when the step is compiled, then seconds and loss of each turn of `steps`."""
+    set_up_tensorflow(len(os.sched_getaffinity(0)), use_gpu)
     implementations, jit_compile = VARIANTS[variant]
     with using(implementations):
         step = training_step(job, jit_compile)
         for _ in range(WARM_UP_STEPS):
             step()
-        seconds = [_time(step, steps) for _ in range(turns)]
-    return speed_of(job, variant, parameter_count(job.model), [job.batch * steps / each for each in seconds], peak)
+        answer(None)
+        while True:
+            answer(_time(step, steps))
 
 
 def speed_of(job: Job, variant: str, parameters: int, rates: list[float], peak: float) -> Speed:
@@ -134,9 +165,10 @@ def noise(job: Job) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, job.model.num_classes, job.batch, dtype=np.int32)
 
 
-def _time(step: Callable[[], object], steps: int) -> float:
+def _time(step: Callable[[], object], steps: int) -> tuple[float, float]:
+    """Seconds of some steps, and the loss of the last one."""
     start = time.perf_counter()
     for _ in range(steps):
         result = step()
-    float(np.asarray(result))  # waits for the device
-    return time.perf_counter() - start
+    loss = float(np.asarray(result))  # waits for the device
+    return time.perf_counter() - start, loss

@@ -60,7 +60,11 @@ def worker(answer: Answer, job: Job, rank: int, addresses: list[str], use_gpu: b
     with strategy.scope():
         model = Perceiver(**asdict(job.model))
         model.build((None, *job.model.image_shape))
-        model.compile(optimizer(job.train, model, 1000), SmoothedCrossEntropy(job.train.label_smoothing))
+        model.compile(
+            optimizer(job.train, model, 1000),
+            SmoothedCrossEntropy(job.train.label_smoothing),
+            jit_compile=job.train.jit_compile,
+        )
     multiworker.enable(model)
     rng = np.random.default_rng(rank)
     images = rng.integers(0, 256, (job.batch, *job.model.image_shape), dtype=np.uint8)
@@ -77,7 +81,9 @@ def worker(answer: Answer, job: Job, rank: int, addresses: list[str], use_gpu: b
             began = time.perf_counter()
 
         def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-            assert np.isfinite((logs or {})["loss"]), "the numbers are on the host by now"
+            loss = (logs or {})["loss"]  # the numbers are on the host by now
+            if not np.isfinite(loss):
+                raise ValueError(f"the loss of {job.name} is {loss} after {steps * (epoch + 1)} steps")
             answer(time.perf_counter() - began)
 
     model.fit(data, epochs=ENDLESS, steps_per_epoch=steps, callbacks=[Turns()], verbose=0)
