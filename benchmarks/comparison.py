@@ -3,13 +3,15 @@
     python benchmarks/comparison.py --archive cifar-100-python.tar.gz --record benchmarks/data/comparison.jsonl \\
         --pflop 0.1 0.35 0.7 --seeds 0 1 2
     python benchmarks/comparison.py --archive ... --record ... --pflop 0.1 --models cnn -- --train.learning-rate 8e-3
+    python benchmarks/comparison.py --archive ... --record ... --epochs 5 --arguments '{"resize_to": 64}'
     python benchmarks/comparison.py --record benchmarks/data/comparison.jsonl    # the table of what there is
 
 The models are in comparison_models.py. All are trained by the pipeline's own `fit` on its workers, with the data,
 augmentation, optimizer and precision of the preset `cifar100`; arguments behind `--` change that, and count as other
 settings. A model gets the whole number of epochs that comes nearest to the budget, so that the learning rate ends with
 it: PFLOP = 6 x multiply-accumulates of an image x training rows x epochs. The multiply-accumulates are counted in the
-graph of the model. Warm-up is an epoch, or a tenth of the training if that is less.
+graph of the model. With `--epochs` all models get as many images instead, whatever they cost. Warm-up is an epoch, or a
+tenth of the training if that is less.
 
 A finished training is appended to `--record`, and the same command continues with what is missing. One that was
 interrupted starts again, because its time would be wrong. The time is that of accuracy.py. The test rows are read once
@@ -52,6 +54,7 @@ def main() -> int:
         "--arguments", type=json.loads, default={}, help='of the builders, as JSON: {"widths": [32, 64]}'
     )
     parser.add_argument("--pflop", type=float, nargs="+", default=[0.1], help="budgets of a training")
+    parser.add_argument("--epochs", type=int, help="of every training, instead of a budget")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--record", type=Path, required=True, help="JSON lines file of finished trainings")
     parser.add_argument("given", nargs="*", help="further arguments of pipeline/run.py, behind --")
@@ -66,9 +69,9 @@ def main() -> int:
             given = [args.preset, *(archive_arguments(args.archive) if args.archive else []), "--storage", storage]
             given += ["--search.num-trials", "0", "--evaluation.corruption-rows", "0", *args.given]
             base = parse(given)[1].config
-            for pflop in args.pflop:
+            for budget in args.pflop if args.epochs is None else [args.epochs]:
                 for name in args.models:
-                    train_missing(base, name, args.arguments, pflop, args.seeds, rows, args.record)
+                    train_missing(base, name, args.arguments, budget, args.seeds, rows, args.record)
     show(rows)
     print(json.dumps({"benchmark": "comparison", "runs": rows}))
     return 0
@@ -78,17 +81,28 @@ def train_missing(
     base: PipelineConfig,
     name: str,
     arguments: dict[str, Any],
-    pflop: float,
+    budget: float | int,
     seeds: list[int],
     rows: list[dict[str, Any]],
     record: Path,
 ) -> None:
-    """Trains a model with those seeds that are not among `rows`, and adds them there and to the file `record`."""
+    """Trains a model with those seeds that are not among `rows`, and adds them there and to the file `record`.
+
+    Args:
+        base: Settings of the data and the training.
+        name: One of `MODELS`.
+        arguments: Further arguments of its builder.
+        budget: Epochs if it is an integer, else PFLOP.
+        seeds: Seeds of the training.
+        rows: Finished trainings.
+        record: File of finished trainings.
+    """
     import comparison_models
 
     model = OwnModel(comparison_models.BUILDERS[name], arguments)
     size = size_of(replace(model, image_shape=base.model.image_shape, num_classes=base.model.num_classes))
-    epochs = epochs_for(pflop, size["macs"], base.training_rows)
+    in_epochs = isinstance(budget, int)
+    epochs = budget if isinstance(budget, int) else epochs_for(budget, size["macs"], base.training_rows)
     for seed in seeds:
         train = replace(
             base.train,
@@ -107,7 +121,7 @@ def train_missing(
         row = {
             "model": name,
             "seed": seed,
-            "budget_pflop": pflop,
+            "budget_pflop": None if in_epochs else budget,
             "pflop": FLOPS_PER_MAC * size["macs"] * base.training_rows * epochs / 1e15,
             "epochs": epochs,
             "settings": settings,
@@ -117,12 +131,17 @@ def train_missing(
             "validation": {score: found["validation"][score] for score in ("top1", "top5", "loss")},
             "training_seconds": sum(epoch["seconds"] + epoch["checkpoint_seconds"] for epoch in history),
             "images_per_second": result["train"]["images_per_second"],
-            "processor": f"{cpu_name()}, {os.cpu_count()} cores",
+            "processor": processor(result["train"]),
             "curve": [{k: epoch[k] for k in ("loss", "val_loss", "val_accuracy")} for epoch in history],
         }
         json_lines.add(record, row)
         rows.append(row)
         print(f"{name}, {row['pflop']:.3f} PFLOP, seed {seed}: {row['test']['top1']:.2%}", file=sys.stderr, flush=True)
+
+
+def processor(trained: dict[str, Any]) -> str:
+    """What computed a training that `train_own_model` returned: the GPU, or the processor with all its cores."""
+    return trained["device"] if trained["gpus_per_worker"] else f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def size_of(model: OwnModel) -> dict[str, int]:
@@ -149,12 +168,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Prints a row for each model and settings: means over its seeds, with the lowest and the highest value."""
     from accuracy import spread
 
-    columns = ("model", "parameters", "MMAC", "epochs", "PFLOP", "minutes", "images/s", "seeds", "test top-1", "top-5")
-    table = Table(*columns, "validation top-1")
+    columns = ("model", "parameters", "MMAC", "epochs", "PFLOP", "minutes", "images/s", "processor", "seeds", "top-1")
+    table = Table(*columns, "top-5", "validation", title="top-1 and top-5: of the test images")
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["budget_pflop"], MODELS.index(row["model"]))):
+    for row in sorted(rows, key=lambda row: (row["budget_pflop"] or 0, MODELS.index(row["model"]))):
         settings = row["settings"] | {"train": {k: v for k, v in row["settings"]["train"].items() if k != "seed"}}
-        groups.setdefault(json.dumps([row["model"], row["budget_pflop"], settings]), []).append(row)
+        groups.setdefault(json.dumps([row["model"], row["budget_pflop"], row["processor"], settings]), []).append(row)
     for own in groups.values():
         first = own[0]
         table.add_row(
@@ -165,6 +184,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{first['pflop']:.3g}",
             spread([row["training_seconds"] / 60 for row in own], "{:.1f}"),
             f"{statistics.median(row['images_per_second'] for row in own):.4g}",
+            first["processor"],
             ", ".join(str(row["seed"]) for row in own),
             *(spread([row["test"][top] for row in own], "{:.2%}") for top in ("top1", "top5")),
             spread([row["validation"]["top1"] for row in own], "{:.2%}"),

@@ -9,7 +9,8 @@
 
 The blocks of `cct` and `vit` are the self-attention blocks of this project, with its attention, LayerNorm and GELU, so
 that a difference in speed is none of the implementation. They have their LayerNorms before attention and MLP, biases
-on queries, keys and values, and neither dropout nor stochastic depth, which short trainings do not need.
+on queries, keys and values, and neither dropout nor stochastic depth, which short trainings do not need. All resize the
+images on the device if they are given `resize_to`, the side in pixels, as a Perceiver does.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +39,10 @@ def cnn(
     pixel_mean: Statistics = None,
     pixel_std: Statistics = None,
     widths: Sequence[int] = (64, 256, 256),
+    resize_to: int | None = None,
 ) -> keras.Model:
     """airbench94: a 2 x 2 convolution, then for each width a 3 x 3 convolution, pooling and another convolution."""
-    images, x = _normalized(image_shape, pixel_mean, pixel_std)
+    images, x = _normalized(image_shape, pixel_mean, pixel_std, resize_to)
     x = _gelu(layers.Conv2D(24, 2, padding="valid")(x))
     for width in widths:
         x = layers.Conv2D(width, 3, padding="same", use_bias=False)(x)
@@ -57,9 +59,10 @@ def resnet9(
     pixel_mean: Statistics = None,
     pixel_std: Statistics = None,
     width: int = 32,
+    resize_to: int | None = None,
 ) -> keras.Model:
     """Three convolutions with pooling that double the channels, and a residual pair after the first and the last."""
-    images, x = _normalized(image_shape, pixel_mean, pixel_std)
+    images, x = _normalized(image_shape, pixel_mean, pixel_std, resize_to)
 
     def convolution(x: Any, channels: int) -> Any:
         x = layers.Conv2D(channels, 3, padding="same", use_bias=False)(x)
@@ -81,9 +84,10 @@ def cct(
     width: int = 128,
     blocks: int = 2,
     heads: int = 2,
+    resize_to: int | None = None,
 ) -> keras.Model:
     """CCT-2/3x2: two 3 x 3 convolutions, each pooled, to tokens; learned positions, blocks, pooling by attention."""
-    images, x = _normalized(image_shape, pixel_mean, pixel_std)
+    images, x = _normalized(image_shape, pixel_mean, pixel_std, resize_to)
     for channels in (width // 2, width):
         x = layers.Conv2D(channels, 3, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
         # ReLU commutes with the pooling and comes after it, where it is a quarter of the work.
@@ -102,9 +106,10 @@ def vit(
     blocks: int = 8,
     heads: int = 4,
     patch_size: int = 4,
+    resize_to: int | None = None,
 ) -> keras.Model:
     """Patches that are projected, learned positions, blocks with MLPs of twice the width, the mean over tokens."""
-    images, x = _normalized(image_shape, pixel_mean, pixel_std)
+    images, x = _normalized(image_shape, pixel_mean, pixel_std, resize_to)
     x = _blocks(PatchStem(patch_size, width)(x), blocks, heads, widening_factor=2)
     return _classifier(images, layers.GlobalAveragePooling1D()(x), num_classes)
 
@@ -148,9 +153,12 @@ def _gelu(x: Any) -> Any:
     return Gelu()(x)
 
 
-def _normalized(image_shape: ImageShape, pixel_mean: Statistics, pixel_std: Statistics) -> tuple[Any, Any]:
+def _normalized(
+    image_shape: ImageShape, pixel_mean: Statistics, pixel_std: Statistics, resize_to: int | None
+) -> tuple[Any, Any]:
     images = keras.Input(image_shape, dtype="uint8")
-    return images, ImageNormalization(pixel_mean, pixel_std)(images)
+    x = ImageNormalization(pixel_mean, pixel_std)(images)
+    return images, x if resize_to is None else layers.Resizing(resize_to, resize_to)(x)
 
 
 def _batch_norm(x: Any) -> Any:
