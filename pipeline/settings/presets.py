@@ -93,7 +93,6 @@ def cifar100_gpu() -> PipelineConfig:
             num_workers=1,
             cpus_per_worker=4.0,
             use_gpu=True,
-            jit_compile=True,
         ),
     )
 

@@ -59,6 +59,7 @@ class Recorder(keras.callbacks.Callback):
             raise NotFinite(
                 f"the training loss is {loss} at epoch {self.progress.epoch + 1}, step {self.progress.step}: "
                 f"lower train.learning_rate = {self.config.learning_rate}"
+                + (", or compute without XLA (--train.no-jit-compile)" if self.config.jit_compile else "")
             )
         if self.progress.step == self.steps_per_epoch:
             return  # the end of the epoch is about to be reported

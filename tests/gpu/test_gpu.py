@@ -34,6 +34,7 @@ COUNT = (
     "from pipeline.devices import load_cusolver; load_cusolver(); "
     "import tensorflow as tf; print(len(tf.config.list_physical_devices('GPU')))"
 )
+STEPS = Path(__file__).with_name("compiled_steps.py")
 EQUAL = 1e-3
 """Relative difference of the losses of three epochs that is put down to the order of sums on another device."""
 Train = Callable[..., list[dict[str, Any]]]
@@ -69,6 +70,16 @@ def two_gpus(gpus: list[str]) -> list[str]:
 @pytest.fixture(scope="session")
 def use_gpu() -> bool:
     return not os.environ.get(REHEARSAL)
+
+
+def compiled_and_plain(part: str, device: str, use_gpu: bool) -> dict[str, Any]:
+    command = [sys.executable, str(STEPS), part, "512" if use_gpu else "8"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": device, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert ("cores" not in found["device"]) == use_gpu, found
+    return found
 
 
 @pytest.fixture
@@ -140,6 +151,21 @@ def test_mixed_precision_trains_as_float32(gpus: list[str], train: Train, precis
 def test_a_compiled_step_gives_the_same_numbers(gpus: list[str], train: Train) -> None:
     compiled = train(gpus[:1], "compiled", jit_compile=True)
     np.testing.assert_allclose(losses(compiled), losses(train(gpus[:1], "plain")), rtol=EQUAL)
+
+
+# On an H100 the loss of `cifar100_gpu` was not finite when XLA compiled the forward and backward pass and the update.
+# It is not known which of them is wrong (docs/gpu.md). 0.6% and 0.4% were seen on a CPU.
+@pytest.mark.parametrize(("part", "limit"), [("gradients", 0.05), ("update", 0.02)])
+def test_what_xla_computes_is_what_the_plain_operations_do(
+    part: str, limit: float, gpus: list[str], use_gpu: bool
+) -> None:
+    assert compiled_and_plain(part, gpus[0], use_gpu)["difference"] < limit
+
+
+def test_the_losses_of_a_compiled_training_are_those_of_a_plain_one(gpus: list[str], use_gpu: bool) -> None:
+    plain, compiled = compiled_and_plain("losses", gpus[0], use_gpu)["losses"]
+    assert np.isfinite(plain).all()
+    np.testing.assert_allclose(compiled, plain, rtol=0.05)  # 2% was seen on a CPU with 8 images
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(gpus: list[str], train: Train) -> None:

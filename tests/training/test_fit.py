@@ -246,6 +246,10 @@ def test_the_final_model_has_the_weights_of_the_best_epoch(run: Run) -> None:
         np.testing.assert_array_equal(value, found, err_msg=path)
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step(run: Run) -> None:
-    with pytest.raises(NotFinite, match=r"training loss is nan at epoch 1, step \d: lower train.learning_rate = 100"):
-        run(1, {"learning_rate": 100.0})
+@pytest.mark.parametrize(
+    ("xla", "remedy"), [(False, ""), (True, r", or compute without XLA \(--train.no-jit-compile\)")]
+)
+def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_step(run: Run, xla: bool, remedy: str) -> None:
+    message = rf"training loss is nan at epoch 1, step \d: lower train.learning_rate = 100\.0{remedy}$"
+    with pytest.raises(NotFinite, match=message):
+        run(1, {"learning_rate": 100.0, "jit_compile": xla})
