@@ -67,8 +67,8 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
         `parameters`, `macs_per_image`, and the paths of all results (docs/evaluation.md).
 
     Raises:
-        ValueError: if the search is on or initial weights are given, if the model has no key, or if a setting or the
-            data cannot be used.
+        ValueError: if the search is on or initial weights are given, if the model has no key, if Ray's workers cannot
+            import what builds it, or if a setting or the data cannot be used.
         TaskFailed: if a task failed; its message says why.
         Stopped: after SIGTERM or Ctrl-C, with a checkpoint.
         LeaseLost: if another process has taken over.
@@ -104,6 +104,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
                 manifests = run.done()  # another process may have done some meanwhile
                 progress.cached(manifests)
                 connect(config, run.storage, progress.say)
+                _check_workers_have(model)
                 with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
                     try:
                         manifests = run_tasks(run, run.tasks, stop, [progress], lease.check)
@@ -114,3 +115,28 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
         else:
             progress.cached(manifests)
     return {name: manifests[name]["output"] for name in ("train", "evaluate")}
+
+
+def _check_workers_have(model: OwnModel) -> None:
+    """Raises a ValueError if a worker of Ray cannot import what `model` is built with."""
+    import ray
+    from ray import cloudpickle
+
+    tried = ray.remote(num_cpus=0)(why_not_loaded).remote(cloudpickle.dumps(model))
+    if reason := ray.get(tried):
+        raise ValueError(
+            f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's workers: "
+            f"{reason}: put its file into the folder of the script, install it on every node, or name its folder in "
+            "PYTHONPATH before Ray starts"
+        )
+
+
+def why_not_loaded(pickled: bytes) -> str:
+    """Why this process cannot load a pickled object whose module, or what that imports, it lacks; empty if it can."""
+    from ray import cloudpickle
+
+    try:
+        cloudpickle.loads(pickled)
+    except ImportError as error:
+        return str(error)
+    return ""

@@ -1,15 +1,20 @@
 """The examples run as they are, in a separate folder."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
+from pipeline.own_model import OwnModel, train_own_model
+from pipeline.settings.command_line import parse
 from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -53,6 +58,39 @@ def test_a_model_of_ones_own_trains_in_the_pipeline_and_is_not_trained_again(tmp
     assert accuracy(*command, **cluster) == found
     assert time.monotonic() - start < 10
     assert [len(list((tmp_path / "runs" / "tasks" / task).iterdir())) for task in ("train", "evaluate")] == [1, 1]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_program_with_a_ray_of_its_own_trains_models_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook; what the workers cannot import is refused before anything is trained."""
+    few = ["quickstart", "--train.epochs", "1", "--train.num-workers", "1", "--search.num-trials", "0"]
+    config = parse([*few, "--storage", str(tmp_path / "runs")])[1].config
+    (tmp_path / "nowhere.py").write_text("def build(**settings): ...")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        elsewhere = OwnModel(importlib.import_module("nowhere").build)
+    finally:
+        sys.path.remove(str(tmp_path))
+    message = (
+        r"the builder build of the module nowhere cannot be imported by Ray's workers: No module named 'nowhere': put"
+    )
+    with pytest.raises(ValueError, match=message):
+        train_own_model(config, elsewhere)
+    # As a function of a notebook or of the script that runs is sent.
+    monkeypatch.setattr(small_model, "__module__", "__main__")
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(train_own_model, config, OwnModel(small_model)).result()
+    assert found["evaluate"]["num_examples"] == 360
+    assert ray.is_initialized()
+
+
+def small_model(image_shape: Any, num_classes: int, **statistics: Any) -> Any:
+    import keras
+
+    images = keras.Input(image_shape, dtype="uint8")
+    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.Flatten()(images)))
 
 
 def test_of_this_project_two_examples_use_multiworker_only() -> None:

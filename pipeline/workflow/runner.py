@@ -6,6 +6,7 @@ Only the driver commits, so that an attempt which outlives its driver has no eff
 import hashlib
 import math
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,10 @@ class Observer(Protocol):
 
 
 class StopOnSignal:
-    """While entered, the first of `signals` is noted instead of ending the process; a second one ends it."""
+    """While entered, the first of `signals` is noted instead of ending the process; a second one ends it.
+
+    In another thread than the main one nothing is noted, because Python lets only that one handle signals.
+    """
 
     def __init__(self, *signals: signal.Signals) -> None:
         self._signals = signals
@@ -45,7 +49,8 @@ class StopOnSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = {number: signal.signal(number, self._note) for number in self._signals}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
     def __exit__(self, *_: object) -> None:
