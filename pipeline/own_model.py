@@ -132,11 +132,14 @@ def _check_workers_have(model: OwnModel) -> None:
 
 
 def why_not_loaded(pickled: bytes) -> str:
-    """Why this process cannot load a pickled object whose module, or what that imports, it lacks; empty if it can."""
+    """Why this process cannot load a pickled object, since it lacks its module, what that imports, or the object in it.
+
+    Empty if it can.
+    """
     from ray import cloudpickle
 
     try:
         cloudpickle.loads(pickled)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         return str(error)
     return ""
