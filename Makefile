@@ -12,7 +12,7 @@ QUIETLY := --quiet --quiet --disable-pip-version-check --no-input
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help set-up run test test-all test-gpu lint format lock clean
+.PHONY: help set-up run test test-long test-all test-gpu lint format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -37,8 +37,13 @@ $(SET_UP_GPU): $(SET_UP) requirements-gpu.txt
 run: $(SET_UP) ## run the whole pipeline on the digits of scikit-learn
 	$(BIN)/python pipeline/run.py quickstart
 
-test: $(SET_UP) ## run all tests except the slow ones, in two processes; TEST_WORKERS=4: in four
-	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+IN_PROCESSES := --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test: $(SET_UP) ## run the tests of less than about half a minute, in two processes; TEST_WORKERS=4: in four
+	$(BIN)/python -m pytest $(IN_PROCESSES)
+
+test-long: $(SET_UP) ## run those that take longer and that CI runs too
+	$(BIN)/python -m pytest -m "long and not slow" $(IN_PROCESSES)
 
 test-all: $(SET_UP) ## run all tests
 	$(BIN)/python -m pytest -m ""

@@ -75,6 +75,14 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture
+def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a process connects to Ray; the one of the tests is connected if `ray_cluster` was used in it before."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for 2 MiB."""
     folder = tmp_path / "small"

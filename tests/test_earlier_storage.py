@@ -65,6 +65,7 @@ def test_finished_tasks_are_found_done_and_quickly(storage: Path) -> None:
     assert seconds < 4
 
 
+@pytest.mark.long
 def test_a_training_that_was_cut_off_within_an_epoch_continues(storage: Path) -> None:
     (state,) = storage.glob("tasks/train/*/state/checkpoints/000004-000000009-*/state.json")
     before = json.loads(state.read_text())["history"]

@@ -8,6 +8,7 @@ import pytest
 from benchmark_run import BENCHMARKS, benchmark
 
 
+@pytest.mark.long
 def test_gpu_without_a_gpu() -> None:
     table, result = benchmark("gpu", "--smoke")
     assert "Forward and backward pass of the parts" in table

@@ -114,6 +114,7 @@ def test_the_whole_pipeline(storage: Storage, tmp_path: Path) -> None:
     assert summary["model"]["uri"] == "models:/perceiver/1"
 
 
+@pytest.mark.long
 def test_shards_are_streamed_and_a_store_that_is_gone_is_named(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_a_cluster_is_joined_only_if_ray_start_left_it(ray_folder: Path, tmp_pat
         foreign.communicate()
 
 
+@pytest.mark.usefixtures("not_connected")
 def test_an_address_at_which_nothing_answers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(ValueError, match=r"RAY_ADDRESS = 127\.0\.0\.1:9: no cluster answers: start it, or unset"):

@@ -148,6 +148,7 @@ def test_two_workers_train_as_one_does_with_weights_of_the_classes(run: Run) -> 
     assert history(one)[0]["loss"] > 2 * history(run(1, weighted | {"class_weights": "none", "epochs": 1}))[0]["loss"]
 
 
+@pytest.mark.long
 def test_streamed_rows_train_alike_on_one_and_two_workers_and_after_a_kill(run: Run) -> None:
     mixed = {"cutmix": 0.5, "checkpoint_every_steps": 7}
     one, two, in_memory = run(1, mixed, streams=True), run(2, mixed, streams=True), run(1, mixed)
@@ -161,6 +162,7 @@ def test_streamed_rows_train_alike_on_one_and_two_workers_and_after_a_kill(run: 
         assert history(trained)[-1]["loss"] < history(trained)[0]["loss"] - 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that_was_not(
     run: Run, num_workers: int

@@ -23,6 +23,7 @@ def can_connect(port: int) -> bool:
     return True
 
 
+@pytest.mark.long
 def test_strangers_cannot_connect_to_tensorflow(storage: Storage, manifest: dict[str, Any]) -> None:  # noqa: F811
     run = Run(storage, manifest, "ports", epochs=40, early_stopping_patience=40)
     run.start()

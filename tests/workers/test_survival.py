@@ -141,6 +141,7 @@ def steps_lost(log: Path, steps: int) -> list[int]:
     return lost
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kills", "epochs"), [(1, 8), pytest.param(20, 90, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )

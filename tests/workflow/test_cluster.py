@@ -105,6 +105,7 @@ def test_a_cluster_that_cannot_be_started_is_one_message(tmp_path: Path) -> None
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.usefixtures("not_connected")
 def test_a_temporary_folder_without_room_is_said_at_once(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(small_disk / "ray"))
     monkeypatch.setenv("RAY_ADDRESS", "local")
@@ -136,6 +137,7 @@ def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_
     assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
 
 
+@pytest.mark.usefixtures("not_connected")
 @pytest.mark.parametrize(
     ("name", "value", "is_refused"),
     [
