@@ -57,6 +57,13 @@ def test_vit_costs_what_the_preset_does() -> None:
     assert found["macs"] == pytest.approx(macs_per_image(presets.cifar100()), rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["perceiver", "cnn", "resnet9", "cct", "vit"])
+def test_images_of_twice_the_side_cost_more(name: str) -> None:
+    given, resized = size(name), size(name, resize_to=64)
+    assert resized["macs"] > 1.5 * given["macs"]
+    assert size(name, resize_to=32)["macs"] == given["macs"]
+
+
 def test_epochs_are_those_that_come_nearest_to_the_budget() -> None:
     assert comparison.epochs_for(0.58, 48_800_000, 45_000) == 44
     assert comparison.epochs_for(0.001, 48_800_000, 45_000) == 1
