@@ -54,12 +54,13 @@ class Case:
 
 OWN, OWN_MUON = "this project", "this project, Muon"
 CASES = (
-    Case(OWN, "keras", "keras_step.py", "adamw", "plain"),
-    Case(OWN_MUON, "keras", "keras_step.py", "muon", "plain"),
+    Case(OWN, "keras", "keras_step.py", "adamw", "parts"),
+    Case(OWN_MUON, "keras", "keras_step.py", "muon", "parts"),
     Case("JAX", "jax", "keras_step.py", "adamw", "xla"),
     Case("PyTorch", "torch", "torch_step.py", "adamw", "eager"),
     Case("PyTorch, plain attention", "torch", "torch_step.py", "adamw", "eager+math"),
     Case("PyTorch, plain attention, torch.compile", "torch", "torch_step.py", "adamw", "compile+math"),
+    Case("PyTorch, plain attention, a process a core", "torch", "torch_step.py", "adamw", "processes+math"),
 )
 
 

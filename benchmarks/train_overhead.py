@@ -182,26 +182,30 @@ def run(answer: Answer, case: Case, rank: int, addresses: list[str], job: Job) -
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(case.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(case.threads)
+    from pipeline.devices import set_up_tensorflow
+
     if case.kind == "plain":
+        set_up_tensorflow(case.threads, use_gpu=False)
         run_plain(answer, case, job)
-    else:
-        if job.config.train.deterministic:  # as pipeline.workers does before it calls `fit`
-            tf.config.experimental.enable_op_determinism()
-        run_pipeline(answer, case, rank, job)
+        return
+    if job.config.train.deterministic:  # as pipeline.workers does before it calls `fit`
+        tf.config.experimental.enable_op_determinism()
+    run_pipeline(answer, case, rank, job)
 
 
 def run_pipeline(answer: Answer, case: Case, rank: int, job: Job) -> None:
     from perceiver.config import PerceiverConfig
+    from pipeline.devices import set_up_tensorflow
     from pipeline.training.fit import fit
+    from pipeline.training.parts import num_parts
     from pipeline.training.worker import Worker
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         answer(metrics["images_per_second"])
 
-    train = replace(job.config.train, num_workers=case.num_workers, jit_compile=case.xla)
+    train = replace(job.config.train, num_workers=case.num_workers, cpus_per_worker=case.threads, jit_compile=case.xla)
     model = PerceiverConfig(**asdict(job.config.model))
+    set_up_tensorflow(case.threads, use_gpu=False, divides_operations=num_parts(model, train) == 1)
     with tempfile.TemporaryDirectory() as folder:
         rows = in_shards(job.train, folder) if case.kind == "streamed" else job.train
         fit(model, train, rows, job.validation, Worker(report, rank, case.num_workers))

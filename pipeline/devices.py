@@ -30,19 +30,20 @@ class OutOfMemoryError(DeviceError):
     """The memory of a device does not suffice."""
 
 
-def set_up_tensorflow(threads: int, use_gpu: bool) -> None:
+def set_up_tensorflow(threads: int, use_gpu: bool, *, divides_operations: bool = True) -> None:
     """Tells TensorFlow what this process may use. To be called before the first operation.
 
     Args:
         threads: Number of threads of its two pools, which would otherwise take all cores of the host.
         use_gpu: Whether to compute on the first GPU that Ray has left visible; if not, on none. Its memory is taken as
             it is needed, since the driver, other libraries and perhaps other processes need some too.
+        divides_operations: Whether threads divide an operation among them, or each computes whole operations.
     """
     import tensorflow as tf
 
     if use_gpu:
         load_cusolver()
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_intra_op_parallelism_threads(threads if divides_operations else 1)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if gpus := tf.config.list_physical_devices("GPU"):
         used = gpus[: int(use_gpu)]

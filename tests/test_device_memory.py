@@ -32,7 +32,7 @@ def exhausted(*_: object, **__: object) -> None:
 def no_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow may run in this process already, and takes no settings then."""
     for module in (in_process, classifier):
-        monkeypatch.setattr(module, "set_up_tensorflow", lambda threads, use_gpu: None)
+        monkeypatch.setattr(module, "set_up_tensorflow", lambda *given, **named: None)
 
 
 def train(**settings: Any) -> None:

@@ -230,8 +230,12 @@ def test_a_process_uses_one_gpu_and_only_if_it_was_asked_to(
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["first", "second"])
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda found, kind: said.update({kind: found}))
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda each, on: said["growth"].append(each))
-    for name in ("set_intra_op_parallelism_threads", "set_inter_op_parallelism_threads"):
-        monkeypatch.setattr(tf.config.threading, name, lambda number: None)  # TensorFlow may run here already
+    for pool in ("intra", "inter"):  # TensorFlow may run here already
+        setter = f"set_{pool}_op_parallelism_threads"
+        monkeypatch.setattr(tf.config.threading, setter, lambda number, pool=pool: said.update({pool: number}))
     set_up_tensorflow(2, use_gpu)
-    assert said == {"GPU": expected, "growth": expected}
+    assert said == {"GPU": expected, "growth": expected, "intra": 2, "inter": 2}
+    said["growth"] = []
+    set_up_tensorflow(2, use_gpu, divides_operations=False)
+    assert said == {"GPU": expected, "growth": expected, "intra": 1, "inter": 2}
     assert used_gpus() == 0, "this process has none"

@@ -7,6 +7,7 @@ kept_models.py        models that are used again by the next training, since tra
 own_model.py          `OwnModel`: a Keras model of one's own in the place of a Perceiver; imports no TensorFlow
 models.py             builds either, and counts multiply-accumulates
 recorder.py           the callback that reports epochs and writes checkpoints
+parts.py              divides a batch among the threads of a worker
 batches.py            which rows a worker trains on at which step
 augmentation.py       random crops, flips and zooms, CutMix
 input_pipeline.py     `tf.data` datasets of the batches

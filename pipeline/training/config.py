@@ -43,7 +43,7 @@ class TrainingConfig:
     num_workers: Workers = field(default=2, metadata=EXECUTION)
     """Data-parallel workers; each trains on its share of every global batch. MIN:MAX takes what the cluster has."""
     cpus_per_worker: float = field(default=1.0, metadata=EXECUTION)
-    """CPUs of a worker, may be a fraction; its threads follow from it."""
+    """CPUs of a worker, may be a fraction; its threads follow from it (docs/survival.md)."""
     use_gpu: bool = field(default=False, metadata=EXECUTION)
     """Give every worker a GPU (NCCL instead of ring all-reduce); not measured on the authors' machines."""
     max_failures: int = field(default=3, metadata=EXECUTION)

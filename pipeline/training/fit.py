@@ -39,6 +39,7 @@ from pipeline.training.optimization import (
     optimizer,
 )
 from pipeline.training.own_model import OwnModel
+from pipeline.training.parts import compute_in_parts, num_parts
 from pipeline.training.recorder import Recorder
 from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
 from pipeline.training.worker import InitialModelError, Worker
@@ -115,9 +116,11 @@ def _compiled(
     stop: multiworker.StopSignal,
     adjustable: bool,
 ) -> Compiled:
-    rates = Rates(config) if adjustable else None
+    rates, parts = Rates(config) if adjustable else None, num_parts(model_config, config)
     with strategy.scope():
         model = build_model(model_config)
+        if parts > 1:
+            compute_in_parts(model, parts)
         model.compile(
             optimizer=optimizer(config, model, steps, rates),
             loss=SmoothedCrossEntropy(config.label_smoothing, _class_weights(config, class_counts)),
@@ -125,7 +128,7 @@ def _compiled(
             jit_compile=config.jit_compile,
         )
         macs = macs_of(model_config, model)
-    peak = matmul_peak(keras.config.dtype_policy().compute_dtype)
+    peak = matmul_peak(keras.config.dtype_policy().compute_dtype, products=parts)
     clock = StepClock(config.global_batch_size, macs, peak, worker.num_workers)
     # TensorFlow refuses to look at the clock in a step that has to be deterministic.
     note = None if config.deterministic else clock.note

@@ -20,18 +20,22 @@ FLOPS_PER_MAC = 3 * 2  # multiply and add; forward pass, gradients of the activa
 
 
 @functools.cache
-def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:
+def matmul_peak(dtype: str = "float32", seconds: float = 0.5, products: int = 1) -> float:
     """FLOP/s of the fastest of many square matmuls, with the threads that TensorFlow has in this process.
 
-    Takes about `seconds` plus a tenth, once per process; the trials of a search may share a process. Call it only after
-    a MultiWorkerMirroredStrategy is created, which must precede all TensorFlow operations.
+    `products` are computed at a time, side by side where threads compute whole operations. Takes about `seconds` plus a
+    tenth, once per process; the trials of a search may share a process. Call it only after a
+    MultiWorkerMirroredStrategy is created, which must precede all TensorFlow operations.
     """
     size = 8192 if tf.config.list_logical_devices("GPU") else 1024
-    matrix = tf.cast(tf.random.stateless_uniform((size, size), seed=(0, 0)), dtype)
+    # Each product has a matrix of its own: TensorFlow would compute equal products once.
+    matrices = [
+        tf.cast(tf.random.stateless_uniform((size, size), seed=(0, number)), dtype) for number in range(products)
+    ]
 
     @tf.function
     def product() -> tf.Tensor:
-        return tf.matmul(matrix, matrix)[0, 0]
+        return tf.stack([tf.matmul(matrix, matrix)[0, 0] for matrix in matrices])
 
     product().numpy()  # traces the function and wakes the threads
     fastest, end = np.inf, time.perf_counter() + seconds
@@ -39,7 +43,7 @@ def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:
         start = time.perf_counter()
         product().numpy()  # the copy to the host waits for the product, on a GPU too
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return 2 * size**3 * products / fastest
 
 
 class StepClock(keras.callbacks.Callback):

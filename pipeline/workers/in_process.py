@@ -45,8 +45,10 @@ def train_in_process(
     import tensorflow as tf
 
     from pipeline.training.fit import fit
+    from pipeline.training.parts import num_parts
 
-    set_up_tensorflow(max(1, int(config.cpus_per_worker)), config.use_gpu)
+    threads = max(1, int(config.cpus_per_worker))
+    set_up_tensorflow(threads, config.use_gpu, divides_operations=num_parts(model, config) == 1)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     if config.use_gpu:

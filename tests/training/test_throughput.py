@@ -128,8 +128,9 @@ def test_progress_is_reported_at_intervals() -> None:
         assert event.images_per_second > 0
 
 
-def test_the_peak_has_the_order_of_magnitude_of_numpy() -> None:
-    peak = matmul_peak(seconds=0.2)
+@pytest.mark.parametrize("products", [1, 2])
+def test_the_peak_has_the_order_of_magnitude_of_numpy(products: int) -> None:
+    peak = matmul_peak(seconds=0.2, products=products)
     matrix = np.ones((1024, 1024), np.float32)
     seconds = []
     for _ in range(5):
