@@ -1,8 +1,8 @@
 """A process that trains the Perceiver in PyTorch: `torch_step.py PRESET PRECISION BATCH adamw WAY`.
 
-The way is `eager`, `compile` or `processes`, which is DistributedDataParallel with a process of one thread for each
-core, with `+math` for attention by products and a softmax, not the flash attention that
-PyTorch chooses on CPUs too, whose backward pass in bfloat16 took half of the step where there are no matrix units.
+The way is `eager`, `compile` or `processes`. The last one is DistributedDataParallel with a process of one thread for
+each core. With `+math` attention is made of products and a softmax. PyTorch chooses flash attention on CPUs too, whose
+backward pass in bfloat16 took half of the step where there are no matrix units.
 """
 
 import contextlib
@@ -72,12 +72,13 @@ def _join(processes: int) -> int:
     They end when the first one does, because it no longer answers.
     """
     torch.set_num_threads(1)
-    rank, port = int(os.environ.get("RANK", "0")), os.environ.get("MASTER_PORT", "")
+    # Names of its own, because the user's environment may have those of torchrun.
+    rank, port = int(os.environ.get("STEP_PEERS_RANK", "0")), os.environ.get("STEP_PEERS_PORT", "")
     if not port:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = str(server.getsockname()[1])
         for other in range(1, processes):
-            variables = os.environ | {"RANK": str(other), "MASTER_PORT": port}
+            variables = os.environ | {"STEP_PEERS_RANK": str(other), "STEP_PEERS_PORT": port}
             subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL, env=variables)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)

@@ -3,7 +3,7 @@
 TensorFlow divides an operation among the threads of its intra-op pool, and the threads wait for one another after each.
 A Perceiver has thousands of small operations, so that two threads are 1.4 times as fast as one. The operations of two
 halves of a batch do not depend on each other, so that two threads of the inter-op pool, each with whole operations, are
-1.8 times as fast (docs/results.md).
+1.9 times as fast (docs/results.md).
 """
 
 import functools
