@@ -20,6 +20,7 @@ for (d)/(b) give more `--steps`, so that there are several shards.
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -144,13 +145,16 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
             for contestant in teams[-1]:
                 contestant.wait()
             first.append(time.time() - start)
+            say(f"{case.name}: ready in {first[-1]:.0f} s")
         rates: list[list[float]] = [[] for _ in cases]
-        for _ in range(rounds):
+        for turn in range(rounds):
             for team, case_rates in zip(teams, rates, strict=True):
                 for contestant in team:
                     contestant.begin()
                 first_worker, *_ = [contestant.wait() for contestant in team]
                 case_rates.append(first_worker)
+            latest = ", ".join(f"{case_rates[-1]:.0f}" for case_rates in rates)
+            say(f"turn {turn + 1} of {rounds}: {latest} images/s")
     finally:
         for team in teams:
             for contestant in team:
@@ -170,6 +174,10 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def run(answer: Answer, case: Case, rank: int, addresses: list[str], job: Job) -> None:

@@ -38,6 +38,7 @@ def test_two_processes_train(tmp_path: Path) -> None:
     assert accuracy("keras_two_processes.py", r"200 rows predicted, (\d+)% of them right", tmp_path, **proxies) >= 80
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_ray_workers_train(tmp_path: Path) -> None:
     """On the cluster of the tests, which is quicker than to start another one."""
@@ -46,6 +47,7 @@ def test_two_ray_workers_train(tmp_path: Path) -> None:
     assert accuracy("ray_train_own_model.py", pattern, tmp_path, **cluster) >= 80
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_model_of_ones_own_trains_in_the_pipeline_and_is_not_trained_again(tmp_path: Path) -> None:
     cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}

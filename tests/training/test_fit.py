@@ -121,6 +121,7 @@ def test_two_workers_train_as_one_does_with_momentum(run: Run) -> None:
     assert history(one)[-1]["loss"] < history(one)[0]["loss"] - 0.1
 
 
+@pytest.mark.long
 def test_two_workers_train_as_one_does_with_adamw(run: Run) -> None:
     # A key's bias shifts all logits of a query alike, so its true gradient is zero. Adam divides the rounding error by
     # its own size.
