@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import BinaryIO, TypeVar
@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.bounded_tar import BoundedTarInfo
-from pipeline.data.collected_images import LONGEST_NAME, MAX_CLASSES, Collected, SplitFiles
+from pipeline.data.collected_images import LONGEST_NAME, MAX_CLASSES, TRAIN, Collected, SplitFiles
 from pipeline.data.config import MAX_PIXELS
 from pipeline.data.excerpt import excerpt
 from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree
 from pipeline.data.image_decoding import most_bytes
-from pipeline.data.labelled_images import split_of_files
+from pipeline.data.labelled_images import check_no_split, split_of_files
 from pipeline.data.npz_files import NpzImages
 from pipeline.data.parquet_files import is_encoded, open_parquet, read_rows
 from pipeline.storage import Storage
@@ -74,14 +74,19 @@ def list_parquet(tree: FileTree, chosen: list[str], collected: Collected) -> lis
             raise collected.fail(f"{file}: row {labels.index(None)} has no label: leave such rows out")
         for row, value in enumerate(labels):
             assert value is not None
-            collected.add(split, value, f"{file}:{row}", file, row)
+            collected.add(split or TRAIN, value, f"{file}:{row}", file, row)
             if coarse:
                 collected.group(value, coarse_labels[row], f"{file}:{row}")
-    different = [file for file in chosen if names[file] != names[chosen[0]]]
-    if different:
-        raise collected.fail(f"{different[0]} has other names of classes than {chosen[0]}: write them alike")
+    _check_same_names(names, collected)
     class_names, collected.coarse_names = names[chosen[0]]
     return class_names
+
+
+def _check_same_names(names: Mapping[str, object], collected: Collected) -> None:
+    """Refuses files that name the classes differently, since a number would be another class in each."""
+    first = next(iter(names))
+    if different := next((file for file, found in names.items() if found != names[first]), None):
+        raise collected.fail(f"{different} has other names of classes than {first}: write them alike")
 
 
 def _column(schema: pa.Schema, wanted: Sequence[str]) -> str | None:
@@ -134,7 +139,18 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                     path = PurePosixPath(member.name)
                     key, _, suffix = path.name.partition(".")
                     key = str(path.parent / key)
-                    if not member.isfile() or path.name.startswith("."):
+                    if member.isdir():
+                        continue
+                    if path.name.startswith("."):
+                        tree.leave_out("hidden member of a tar", f"{file}:{member.name}")
+                        continue
+                    if not member.isfile():
+                        if member.islnk() or member.issym():
+                            raise collected.fail(
+                                f"{file}:{member.name} is a link to {excerpt(member.linkname)} and not a file: write "
+                                "the tar with --dereference --hard-dereference"
+                            )
+                        tree.leave_out("member of a tar that is no file", f"{file}:{member.name}")
                         continue
                     if f".{suffix.lower()}" in IMAGE_SUFFIXES:
                         if key in images:
@@ -168,20 +184,24 @@ def list_tars(tree: FileTree, chosen: list[str], collected: Collected) -> None:
                 f"{len(alone) - 1} other keys: each image needs KEY.cls beside it"
             )
         for key, (name, start, size) in images.items():
-            collected.add(split, labels[key], f"{file}:{name}", file, start, size)
+            if split is None:
+                remedy = "put each split in tars of its own, such as train-0.tar"
+                check_no_split(name, f"{file}:{name}", remedy, collected)
+            collected.add(split or TRAIN, labels[key], f"{file}:{name}", file, start, size)
 
 
 def list_npz(tree: FileTree, chosen: list[str], collected: Collected) -> list[str] | None:
-    """Adds the rows of npz files, `images` and `labels`; returns `label_names` if the first has them."""
-    names: list[str] | None = None
+    """Adds the rows of npz files, `images` and `labels`; returns their `label_names` if they have some."""
+    names: dict[str, list[str] | None] = {}
     for split, file in zip(split_of_files(chosen, collected), chosen, strict=True):
         with NpzImages(tree.root, file) as images:
             labels = images.values("labels", "iuU")
-            if file == chosen[0] and "label_names" in images.arrays:
-                names = [str(name) for name in images.values("label_names", "U", MAX_CLASSES)]
+            has_names = "label_names" in images.arrays
+            names[file] = [str(name) for name in images.values("label_names", "U", MAX_CLASSES)] if has_names else None
         for row, value in enumerate(labels.tolist()):
-            collected.add(split, value, f"{file}:{row}", file, row)
-    return names
+            collected.add(split or TRAIN, value, f"{file}:{row}", file, row)
+    _check_same_names(names, collected)
+    return names[chosen[0]]
 
 
 def read_images(

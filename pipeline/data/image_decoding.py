@@ -265,6 +265,11 @@ def _fit(image: Image.Image, image_shape: Sequence[int], resize: Resize | None) 
         elif resize == "crop":
             image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         else:
+            # `ImageOps.pad` rounds the short side of a long image down to 0 pixels, and gives an empty image.
+            if round(image.height / image.width * width) == 0:
+                image = image.resize((width, 1), Image.Resampling.BILINEAR)
+            elif round(image.width / image.height * height) == 0:
+                image = image.resize((1, height), Image.Resampling.BILINEAR)
             ground = (BACKGROUND,) * channels if channels > 1 else BACKGROUND
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=ground)
     return np.asarray(image).reshape(height, width, channels)

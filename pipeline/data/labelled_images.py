@@ -106,8 +106,8 @@ def list_images(path: str) -> Listing:
     return Listing(path, kind, tree, label_names, splits, chosen, tree.fingerprint(chosen), size, *coarse)
 
 
-def split_of_files(names: Sequence[str], collected: Collected) -> list[str]:
-    """The split of each file by its name, such as `data/train-00000-of-00002.parquet`; `train` if no name has one.
+def split_of_files(names: Sequence[str], collected: Collected) -> list[str | None]:
+    """The split of each file by its name, such as `data/train-00000-of-00002.parquet`; None of all if no name has one.
 
     Raises:
         ValueError: if some names have one and some have none.
@@ -120,7 +120,19 @@ def split_of_files(names: Sequence[str], collected: Collected) -> list[str]:
         splits.append(SPLIT_NAMES[found[-1].lower()] if found else None)
     if any(splits) and None in splits:
         raise collected.fail(f"{names[splits.index(None)]} has no split in its name, and others have: rename it")
-    return [split or TRAIN for split in splits]
+    return splits
+
+
+def check_no_split(image: str, name: str, remedy: str, collected: Collected) -> None:
+    """Refuses an image of no known split in a folder that has the name of one: it would be trained, whatever its split.
+
+    Args:
+        image: Path of the image within the source.
+        name: How a message names it.
+        remedy: How to say the split.
+    """
+    if of_split := next((part for part in PurePosixPath(image).parts[:-1] if part.lower() in SPLIT_NAMES), None):
+        raise collected.fail(f"{name} lies in the folder {of_split} of a split, which would not count: {remedy}")
 
 
 def _split_folders(names: Sequence[str], collected: Collected) -> bool:
@@ -214,6 +226,8 @@ def _splits_of_folders(names: Sequence[str], table: str, collected: Collected) -
             f"{table} lists {excerpt(within[0])} in the folder of a split and {excerpt(without)} in none: add a column "
             "split, or move the images"
         )
+    for name in names if not within else ():
+        check_no_split(name, excerpt(name), f"add a column split to {table}", collected)
     return {name: split or TRAIN for name, split in found.items()}
 
 

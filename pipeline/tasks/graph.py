@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from pipeline.data.config import MAX_PIXELS
 from pipeline.data.sources import source_of
 from pipeline.fields import keyed
 from pipeline.masking import mask
@@ -19,6 +20,11 @@ def _is_registered_there(config: PipelineConfig, output: dict[str, Any]) -> bool
     from pipeline.registry.fetch import is_registered  # MLflow is loaded only if there is something to ask
 
     return is_registered(output["uri"], config.tracking_uri)
+
+
+def _has_few_corrupt(config: PipelineConfig, output: dict[str, Any]) -> bool:
+    """Whether as many images were left out as `config` accepts: an earlier run may have accepted more."""
+    return len(output.get("corrupt", ())) <= config.data.max_corrupt
 
 
 def _trials(config: PipelineConfig) -> str:
@@ -49,11 +55,15 @@ def _ingest_section(config: PipelineConfig) -> dict[str, Any]:
     # A source without a test split gets one from the settings.
     own_split = {} if source_of(data).test_rows else {"test_fraction": data.test_fraction, "seed": data.seed}
     files = {name: getattr(data, name) for name in ("fingerprint", "image_size", "resize", "channels", "seed")}
+    if data.max_pixels != MAX_PIXELS:  # the default is in no key, so that earlier runs keep theirs
+        files["max_pixels"] = data.max_pixels
+    if data.resize == "pad":
+        files["pad"] = 2  # before, a long image became an empty one
     return {"source": data.source, "sha256": data.sha256} | own_split | (files if data.source == "files" else {})
 
 
 TASKS: tuple[Task[PipelineConfig], ...] = (
-    Task("ingest", 1, (), _ingest_section, ingest, _readers),
+    Task("ingest", 1, (), _ingest_section, ingest, _readers, is_current=_has_few_corrupt),
     Task("preprocess", 1, ("ingest",), lambda config: keyed(config.data), preprocess, lambda config: "all free CPUs"),
     Task(
         "search",

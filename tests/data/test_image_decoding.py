@@ -115,6 +115,10 @@ def test_how_an_image_of_another_shape_is_fitted() -> None:
     assert (fitted["pad"][0] == 255).all(), "white above"
     assert fitted["pad"][5, [0, 5]].tolist() == [[0] * 3, [200] * 3], "all of it between"
     assert fitted["stretch"][0, [0, 5]].tolist() == [[0] * 3, [200] * 3]
+    for long, line in (((20, 640), np.s_[8, :, :]), ((640, 20), np.s_[:, 8, :])):
+        padded = fit_array(np.zeros((*long, 3), np.uint8), (16, 16, 3), "pad")
+        assert (padded[line] == 0).all(), "a line of it is left, however long it is"
+        assert (padded == 255).sum() == 15 * 16 * 3
     fine = np.zeros((64, 64), np.uint8)
     fine[:, ::2] = 255
     assert np.abs(decode(encoded(Image.fromarray(fine)), (8, 8, 1), "crop").astype(int) - 127).max() <= 40, (

@@ -3,16 +3,18 @@
 import csv
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from own_images import CLASSES, KINDS, SHAPE, make_images, png, write_folders, write_tars
+from own_images import CLASSES, KINDS, SHAPE, make_images, png, write_folders, write_npz, write_tars
 
-from pipeline.data import image_survey
+from pipeline.data import image_rows, image_survey
 from pipeline.data.config import DatasetConfig
+from pipeline.data.image_containers import read_images
 from pipeline.data.image_rows import load_files
 from pipeline.data.image_survey import find_duplicates, find_images
 from pipeline.data.ingest import ingest
@@ -208,3 +210,19 @@ def test_an_input_is_known_by_names_sizes_and_times_or_by_its_content(tmp_path: 
     (tmp_path / "images" / "train" / "cat" / "new.png").write_bytes(png(np.zeros(SHAPE, np.uint8)))
     with pytest.raises(ValueError, match=rf"data\.sha256 = '{sha256}'"):
         found(tmp_path / "images", sha256=sha256)
+
+
+def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where their size stays and the content is pinned, which was hashed before."""
+    write_npz(tmp_path / "images")
+    with pytest.raises(ValueError, match=r"have the SHA-256 ([0-9a-f]{64})") as caught:
+        found(tmp_path / "images", sha256="0" * 64)
+    config = found(tmp_path / "images", sha256=str(caught.value).partition("have the SHA-256 ")[2][:64])
+
+    def overtaken(*arguments: Any) -> Iterator[Any]:
+        os.utime(tmp_path / "images" / "train.npz", (1, 1))
+        return read_images(*arguments)
+
+    monkeypatch.setattr(image_rows, "read_images", overtaken)
+    with pytest.raises(ValueError, match=r"train.npz has changed while the images were read: give the command again"):
+        load_files(config)

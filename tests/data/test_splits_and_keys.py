@@ -48,6 +48,17 @@ def test_a_table_whose_images_lie_in_folders_of_splits_and_beside_is_refused(tmp
         splits(tmp_path, table, ["test/1.png", "more/2.png"])
 
 
+@pytest.mark.parametrize(
+    ("names", "place"),
+    [(["train/cat/1.png", "test/cat/2.png"], "train/cat"), (["images/train/1.png", "images/Test/2.png"], "")],
+)
+def test_a_split_above_or_below_that_would_not_count_is_refused(names: list[str], place: str, tmp_path: Path) -> None:
+    table = "file_name,label\n" + "".join(f"{name.removeprefix(f'{place}/')},a\n" for name in names[: 2 - bool(place)])
+    message = r"/1.png lies in the folder train of a split, which would not count: add a column split to .*metadata.csv"
+    with pytest.raises(ValueError, match=message):
+        splits(tmp_path, table, names, place)
+
+
 def test_a_row_without_a_split_among_others_is_named_by_its_line(tmp_path: Path) -> None:
     table = 'file_name,label,split,note\n1.png,a,train,"two\nlines"\n\n2.png,b,,x\n'
     with pytest.raises(ValueError, match=r"metadata.csv, line 5: '2.png' has no split, and others have: mend the line"):
@@ -108,6 +119,52 @@ def test_another_image_of_a_key_is_left_out(tmp_path: Path) -> None:
     listing = list_images(str(tmp_path / "x.tar"))
     assert len(listing.splits["train"]) == 2
     assert sum(map(len, listing.tree.left_out.values())) == 1
+
+
+def test_folders_of_splits_in_a_tar_are_refused_unless_its_name_says_the_split(tmp_path: Path) -> None:
+    names = ["test/ab.png", "test/ab.cls", "train/1.png", "train/1.cls"]
+    write_tar(tmp_path / "x.tar", names)
+    message = r"x.tar:test/ab.png lies in the folder test of a split, .* such as train-0.tar"
+    with pytest.raises(ValueError, match=message):
+        list_images(str(tmp_path / "x.tar"))
+    (tmp_path / "x.tar").rename(tmp_path / "train-0.tar")
+    assert len(list_images(str(tmp_path / "train-0.tar")).splits["train"]) == 2
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_is_no_image_that_vanishes(kind: bytes, tmp_path: Path) -> None:
+    """GNU tar writes the second name of a file as a link, also where `cp -l` has made it to repeat a rare class."""
+    write_tar(tmp_path / "x.tar", ["1.png", "1.cls", ".hidden.png"])
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        member = tarfile.TarInfo("2.png")
+        member.type, member.linkname = kind, "1.png"
+        tar.addfile(member)
+    with pytest.raises(ValueError, match=r"x.tar:2.png is a link to 1.png and not a file: write the tar with --deref"):
+        list_images(str(tmp_path / "x.tar"))
+
+
+def test_what_is_no_file_in_a_tar_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", ["1.png", "1.cls", "a/.2.png"])
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        for kind, name in ((tarfile.DIRTYPE, "a"), (tarfile.FIFOTYPE, "pipe.png")):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            tar.addfile(member)
+    assert list_images(str(tmp_path / "x.tar")).tree.left_out == {
+        "hidden member of a tar": ["x.tar:a/.2.png"],
+        "member of a tar that is no file": ["x.tar:pipe.png"],
+    }
+
+
+@pytest.mark.parametrize("others", [np.array(["light", "dark"]), None])
+def test_npz_files_whose_classes_have_other_names_are_refused(others: np.ndarray | None, tmp_path: Path) -> None:
+    for name, label_names in (("train", np.array(["dark", "light"])), ("test", others)):
+        arrays = {"images": np.zeros((2, 6, 6), np.uint8), "labels": np.array([0, 1])}
+        if label_names is not None:
+            arrays["label_names"] = label_names
+        np.savez(tmp_path / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"train.npz has other names of classes than test.npz: write them alike"):
+        list_images(str(tmp_path))
 
 
 def test_a_class_keeps_a_row_for_training() -> None:
