@@ -4,7 +4,9 @@
     python -m pipeline.evaluate_version models:/perceiver/3 --tracking-uri http://host:5000 --split validation
 
 Prints one line of JSON: the version, the split and its SHA-256, `top1`, `top5`, `balanced_accuracy`, `loss`, `ece` and
-images/s, and whether the rows are the test rows with which the version was registered. Exit codes: 0 done, 2 an
+images/s, and whether the rows are the test rows with which the version was registered. `underflows` is the number of
+rows whose label has a probability that float32 rounds to zero: `loss` is null if there are any, and so is `top5` if it
+is not known. One's own images are fitted as those were with which the model was trained. Exit codes: 0 done, 2 an
 argument cannot be used.
 """
 
@@ -12,7 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,18 +56,16 @@ def evaluate_version(options: Options) -> dict[str, Any]:
         ValueError: If the model or the data cannot be used.
     """
     data = options.data
-    if data.source == "files":
-        from pipeline.data.image_survey import find_images
-
-        data = find_images(data, ".", keep_survey=False)
-    source = source_of(data)
-    check_archive(data, source)
+    if data.source != "files":
+        check_archive(data, source_of(data))
     with tempfile.TemporaryDirectory() as folder:
         model = fetch(options.model, options.tracking_uri, Path(folder), options.trust)
-        if model.image_shape != (shape := source.image_shape):
+        if data.source == "files":
+            data = _found(data, model)
+        if model.image_shape != (shape := source_of(data).image_shape):
             raise ValueError(
                 f"model = {options.model!r} takes images {model.image_shape}, but data.source = {options.data.source} "
-                f"has {shape}: give --data.source"
+                f"has {shape}: give --data.{'image-size' if data.source == 'files' else 'source'}"
             )
         raw = load(data)
         rows, number_of = _rows(data, raw, options.split), _class_numbers(raw.label_names, model)
@@ -76,18 +76,41 @@ def evaluate_version(options: Options) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     digest, labels = rows_digest(rows), number_of[rows.labels]
     registered_with = version_tags(model.uri, options.tracking_uri).get("test.sha256")
-    # The model returns probabilities: their logarithms are logits with the same softmax.
-    logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
     return {
         "model": model.uri,
         "source": options.data.source,
         "split": options.split,
         "sha256": digest,
         "is_registered_test_split": digest == registered_with,
-        **scores(logits, labels),
+        **_scores(probabilities, labels),
         "ece": reliability(probabilities, labels, CALIBRATION_BINS)["ece"],
         "images_per_second": len(rows) / seconds,
     }
+
+
+def _found(data: DatasetConfig, model: RegisteredModel) -> DatasetConfig:
+    """The images at `data.path`, fitted to the model as those of its training were, and as `pipeline.predict` does."""
+    from pipeline.data.image_survey import find_images
+
+    height, width, channels = model.image_shape
+    if model.resize:
+        size = data.image_size or (height if height == width else None)
+        data = replace(data, resize=model.resize, image_size=size)
+    if data.channels is None:
+        data = replace(data, channels=1 if channels == 1 else 3)
+    return find_images(data, ".", keep_survey=False)
+
+
+def _scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """`scores` of a model that returns probabilities, without what float32 has rounded away; and `underflows`."""
+    # The logarithms of probabilities are logits with the same softmax.
+    tiny = np.finfo(np.float32).tiny
+    found = scores(np.log(np.maximum(probabilities, tiny)), labels)
+    is_gone = probabilities[np.arange(len(labels)), labels] < tiny
+    # With five classes that are likelier, it is no hit whatever its probability.
+    is_tied = is_gone & ((probabilities >= tiny).sum(axis=1) < 5)
+    found |= ({"loss": None} if is_gone.any() else {}) | ({"top5": None} if is_tied.any() else {})
+    return found | {"underflows": int(is_gone.sum())}
 
 
 def _class_numbers(names: Sequence[str], model: RegisteredModel) -> np.ndarray:

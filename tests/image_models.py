@@ -25,7 +25,7 @@ def expected_probabilities(images: np.ndarray, weights: list[np.ndarray]) -> np.
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def save_model(folder: Path, **metadata: Any) -> list[np.ndarray]:
+def save_model(folder: Path, *, image_shape: tuple[int, int, int] = IMAGE_SHAPE, **metadata: Any) -> list[np.ndarray]:
     """Writes an MLflow model with this metadata: uint8 images to probabilities; returns its weights."""
     import keras
     import mlflow.keras
@@ -33,11 +33,11 @@ def save_model(folder: Path, **metadata: Any) -> list[np.ndarray]:
     from mlflow.types import Schema, TensorSpec
 
     keras.utils.set_random_seed(0)
-    images = keras.Input(IMAGE_SHAPE, dtype="uint8")
+    images = keras.Input(image_shape, dtype="uint8")
     flat = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(images))
     model = keras.Model(images, keras.layers.Dense(len(LABEL_NAMES), activation="softmax")(flat))
     signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *IMAGE_SHAPE))]),
+        inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *image_shape))]),
         outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(LABEL_NAMES)))]),
     )
     mlflow.keras.save_model(

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from image_models import register_perceiver, save_perceiver
+from image_models import LABEL_NAMES, register_perceiver, save_model, save_perceiver
 from PIL import Image
 
 from perceiver import presets
@@ -17,7 +18,7 @@ from pipeline.data.config import DatasetConfig
 from pipeline.data.image_survey import find_images
 from pipeline.data.ingest import load
 from pipeline.data.rows import rows_digest
-from pipeline.evaluate_version import Options, evaluate_version
+from pipeline.evaluate_version import Options, _scores, evaluate_version
 from pipeline.evaluation.calibration import reliability
 from pipeline.evaluation.metrics import scores, softmax
 from pipeline.registry.fetch import fetch, fetch_file
@@ -113,3 +114,36 @@ def test_the_file_to_train_on_is_found_by_uri(registry: str, model_path: str, tm
     assert found.read_bytes() == Path(model_path).read_bytes()
     with pytest.raises(ValueError, match="has no file nothing"):
         fetch_file("models:/digits/1", registry, "nothing.keras", tmp_path)
+
+
+def test_images_are_fitted_as_in_the_training_of_the_model(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "images" / LABEL_NAMES[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 40), dtype=np.uint8)).save(path)
+    data = DatasetConfig(source="files", path=str(tmp_path / "images"))
+    digests = {}
+    for resize in ("pad", "stretch"):
+        save_model(tmp_path / resize, image_shape=(8, 8, 3), decoding={"resize": resize})
+        fitted = find_images(
+            replace(data, resize=resize, image_size=8, channels=3),
+            str(tmp_path),
+            keep_survey=False,
+        )
+        digests[resize] = evaluate_version(Options(str(tmp_path / resize), data=data))["sha256"]
+        assert digests[resize] == rows_digest(load(fitted).test)
+    assert digests["pad"] != digests["stretch"]
+    save_model(tmp_path / "of one size", image_shape=(8, 8, 3))
+    with pytest.raises(ValueError, match=r"takes images \(8, 8, 3\), .* has \(8, 40, 3\): give --data.image-size"):
+        evaluate_version(Options(str(tmp_path / "of one size"), data=data))
+
+
+def test_what_the_rounding_of_probabilities_has_taken_is_null() -> None:
+    certain = np.array([[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]], np.float32)
+    assert _scores(certain, np.array([0, 1]))["underflows"] == 0
+    found = _scores(certain, np.array([0, 5]))
+    assert (found["top1"], found["top5"], found["loss"], found["underflows"]) == (0.5, None, None, 1)
+    spread = np.array([[0.5, 0.2, 0.1, 0.1, 0.1, 0]], np.float32)
+    found = _scores(spread, np.array([5]))
+    assert (found["top5"], found["loss"], found["underflows"]) == (0.0, None, 1), "five classes are likelier"

@@ -201,6 +201,7 @@ def test_a_run_says_how_to_repeat_itself_and_a_version_how_it_was_made(runs: Run
     assert parent.data.params["train.seed"] == "0"
     hours = sum(m.value for m in client.get_metric_history(train.info.run_id, "seconds") if m.step) * 2 / 3600
     assert train.data.metrics["core_hours"] == pytest.approx(hours)
+    assert manifest(runs, "train")["output"]["cpus_per_worker"] == 1, "whatever a later command says"
     assert train.data.metrics["median_images_per_second"] > 0
     assert train.data.metrics["forward_gflops_per_image"] > 0
     version = client.get_model_version("perceiver", "1")

@@ -38,8 +38,9 @@ def ingest_files(
 
     Returns:
         The manifest of `ingest`, also with `validation` among the `files` if the source has that split; `decoding`,
-        how images were decoded; `coarse_of_class`, the coarse label of each class, if they have some; `corrupt`, name
-        and problem of images that were left out; and `duplicates`, the number of images that two splits share.
+        how images were decoded, with a `resize` of None if all had one size and none was fitted; `coarse_of_class`, the
+        coarse label of each class, if they have some; `corrupt`, name and problem of images that were left out; and
+        `duplicates`, the number of images that two splits share.
 
     Raises:
         ValueError: if the files have changed since they were listed, also while they were read, or more than
@@ -76,7 +77,11 @@ def ingest_files(
         "coarse_label_names": listing.coarse_label_names,
         "files": files,
         **({} if listing.coarse_of_class is None else {"coarse_of_class": listing.coarse_of_class.tolist()}),
-        "decoding": {"resize": config.resize, "background": BACKGROUND, "pillow": PIL.__version__},
+        "decoding": {
+            "resize": config.resize if config.image_size else None,
+            "background": BACKGROUND,
+            "pillow": PIL.__version__,
+        },
         "corrupt": [list(failure) for failure in sorted(failures)],
         "duplicates": duplicates,
     }

@@ -135,7 +135,7 @@ class RunLog:
             "median_images_per_second": output["images_per_second"],
             "parameters": cost.parameter_count(model),
             "forward_gflops_per_image": 2 * cost.macs_per_image(model) / 1e9,
-            **training_cost(output["history"], train.cpus_per_worker),
+            **training_cost(output["history"], output.get("cpus_per_worker", train.cpus_per_worker)),
         }
         history = tuple(map(_stamped, output["history"]))
         resolved = json.dumps({"model": asdict(model), "train": asdict(train)}, indent=1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.image_files import Part, read_part
@@ -21,6 +22,7 @@ from pipeline.registry.fetch import RegisteredModel
 from pipeline.storage import Storage
 
 PART_PREFIX = "part-"
+NOT_FINITE = "the model gives it no finite probabilities"
 
 
 def file_name(part: int) -> str:
@@ -123,7 +125,9 @@ class Classifier:
         with self._turn, memory_errors(self._remedy):
             began = time.time()
             probabilities = np.concatenate([self._apply(images[i : i + self._batch_size]) for i in starts])
-        broken = rows["error"].is_valid().to_numpy()
+        is_finite = np.isfinite(probabilities).all(axis=1)
+        errors = pc.if_else(pa.array(is_finite), rows["error"], pc.coalesce(rows["error"], pa.scalar(NOT_FINITE)))
+        broken = errors.is_valid().to_numpy()
         winner = probabilities.argmax(axis=1)
         # Lists of variable size, because pyarrow 25 cannot read null values of fixed-size lists from Parquet.
         offsets = np.concatenate([[0], np.cumsum(np.where(broken, 0, len(self._names)))]).astype(np.int32)
@@ -135,7 +139,7 @@ class Classifier:
                 "class_name": pa.array(np.array(self._names)[winner], pa.string(), mask=broken),
                 "class_index": pa.array(winner, pa.int32(), mask=broken),
                 "probabilities": pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(broken)),
-                "error": rows["error"],
+                "error": errors,
             }
         )
         sink = pa.BufferOutputStream()

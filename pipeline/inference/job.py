@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from pipeline.data.config import MAX_PIXELS
 from pipeline.data.image_decoding import Resize
-from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
+from pipeline.data.image_files import ImageInput, Part, check_input, check_unchanged, list_parts
 from pipeline.data.ray_rows import own_errors
 from pipeline.devices import DeviceError, mention_unused_gpus, require_gpu_in_cluster
 from pipeline.inference.classifier import PART_PREFIX, Classifier, count_errors, file_name, read
@@ -50,8 +50,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
         from the first work of an actor, without the start of Ray and of the actors, and the `devices` that did it.
 
     Raises:
-        ValueError: If the model or the input cannot be used, the output holds results of another job, or no node of the
-            cluster has room for a process that classifies.
+        ValueError: If the model or the input cannot be used, the input changes while it is read, the output holds
+            results of another job, or no node of the cluster has room for a process that classifies.
         DeviceError: If a process cannot compute on the GPU that was asked for, or its memory does not suffice.
     """
     progress = _JobProgress(console)
@@ -78,6 +78,7 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
             with progress.waiting(f"a process with {_needs(options)}"):
                 for finished in _predictions(options, model, source, output, todo):
                     progress.add(finished)
+            check_unchanged(source, options.input)
     done = {
         "parts": len(source.parts),
         "rows": source.num_rows,

@@ -13,6 +13,7 @@ class ModelCard:
 
     Attributes:
         name: Name of the registered model.
+        alias: Alias of its best version.
         source: Name of the data set.
         description: What the data set is, by whom, and its terms.
         digest, test_digest: SHA-256 of all rows, and of the test rows.
@@ -30,6 +31,7 @@ class ModelCard:
     """
 
     name: str
+    alias: str
     source: str
     description: str
     digest: str
@@ -73,7 +75,7 @@ class ModelCard:
                 f"probabilities of the {len(self.label_names)} classes as float32. The metadata contain the names of "
                 "the classes as `label_names`.",
                 "",
-                f'    mlflow.pyfunc.load_model("models:/{self.name}@champion").predict(images)',
+                f'    mlflow.pyfunc.load_model("models:/{self.name}@{self.alias}").predict(images)',
                 "",
                 "`retrain/model.keras` is the same model up to the logits, for further training. To load it, this "
                 "project's package `perceiver` is needed.",

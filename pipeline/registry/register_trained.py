@@ -98,7 +98,7 @@ def _register(
     run_id = tracker.existing_run(run_identity)
     write_probe(tracker)  # a store that is gone is found out in seconds, and tried again
     data, scores, calibration = trained.data, trained.scores, trained.scores["calibration"]
-    card = _model_card(trained, destination.model_name, run_id)
+    card = _model_card(trained, destination, run_id)
     registered = register(
         tracker,
         name=destination.model_name,
@@ -136,11 +136,12 @@ def _register(
     return registered | {"run_id": run_id} | place
 
 
-def _model_card(trained: TrainedModel, name: str, run_id: str) -> ModelCard:
+def _model_card(trained: TrainedModel, destination: Destination, run_id: str) -> ModelCard:
     data, scores, calibration = trained.data, trained.scores, trained.scores["calibration"]
     facts = collect_provenance().tags
     return ModelCard(
-        name=name,
+        name=destination.model_name,
+        alias=destination.alias,
         source=trained.source,
         description=trained.source_description,
         digest=data["digest"],

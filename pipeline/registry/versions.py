@@ -34,6 +34,7 @@ CHALLENGER = "challenger"
 ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.keras", "README.md"
 # Tags of a version.
 STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
+ALIAS = "promotion.alias"  # for which a version is decided; versions of before this tag have none
 EVIDENCE = "promotion.evidence"  # says what is wrong with the evidence of a version
 TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
 MOST_TAG_BYTES = 60_000
@@ -176,12 +177,16 @@ class _Registry:
         )
 
     def settle(self, version: ModelVersion, config: PromotionConfig) -> tuple[str, str]:
-        """Sets the alias by the rules; returns the alias that the version got, and the reason."""
+        """Sets the alias by the rules; returns the alias that the version got, and the reason.
+
+        A version that was decided for another alias is decided anew, or a ValueError if its evidence is gone since.
+        """
         client, name, number = self._client, self._name, int(version.version)
         tags = client.get_model_version(name, version.version).tags
-        if tags[STATE] != OPEN:
+        if tags[STATE] == self._champion or (tags[STATE] == CHALLENGER and tags.get(ALIAS) in (None, self._champion)):
             return tags[STATE], tags[REASON]
-        client.set_registered_model_alias(name, CHALLENGER, version.version)
+        if tags[STATE] == OPEN:
+            client.set_registered_model_alias(name, CHALLENGER, version.version)
         since = int(tags[SINCE])
         candidates: dict[int, Candidate | None] = {}
         for _ in range(MAX_TURNS):
@@ -192,6 +197,8 @@ class _Registry:
             wanted = {key for key in versions if key >= since} | ({base} if base in versions else set())
             for key in wanted - candidates.keys():
                 candidates[key] = self._candidate(versions[key])
+            if candidates[number] is None:
+                raise ValueError(f"version {number} of {name} has lost {ROWS_FILE}: set {self._champion!r} by hand")
             contenders = [c for key in wanted - {base} if (c := candidates[key]) is not None]
             incumbent = (candidates[base] or base) if base in versions else None
             decision = decide(incumbent, contenders, config)
@@ -218,7 +225,8 @@ class _Registry:
             return None
 
     def _close(self, version: int, state: str, reason: str) -> None:
-        """Stores the decision. The state is set last: from then on the version counts as decided."""
+        """Stores the decision. The state is set last: from then on the version counts as decided, for this alias."""
+        self._client.set_model_version_tag(self._name, str(version), ALIAS, self._champion)
         self._client.set_model_version_tag(self._name, str(version), REASON, reason)
         self._client.set_model_version_tag(self._name, str(version), STATE, state)
 

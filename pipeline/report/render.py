@@ -88,9 +88,9 @@ def render(inputs: ReportInputs) -> str:
 def _tiles(inputs: ReportInputs) -> dict[str, str]:
     """The most important numbers, by their description."""
     results, test = inputs.results, inputs.results["test"]
-    half_width = 1.96 * math.sqrt(test["top1"] * (1 - test["top1"]) / test["num_examples"])
+    low, high = (100 * bound for bound in _interval(test["top1"], test["num_examples"]))
     tiles = {
-        f"test top-1, ± {100 * half_width:.1f} (95%)": f"{100 * test['top1']:.1f}%",
+        f"test top-1, {low:.1f} to {high:.1f} (95%)": f"{100 * test['top1']:.1f}%",
         "test top-5": f"{100 * test['top5']:.1f}%",
         "test loss, in nats": f"{test['loss']:.3f}",
         "calibration error, after temperature scaling": f"{100 * results['calibration']['after']['ece']:.1f}%",
@@ -158,6 +158,14 @@ def _search(search: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def _interval(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` rows (Wilson, 1927), which is not empty where all or none are hits."""
+    z = 1.96
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def _is_searched(name: str, trials: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the value `name` is a number that differs between trials."""
     values = [trial["values"].get(name) for trial in trials]
@@ -170,7 +178,8 @@ def _trial_name(name: str) -> str:
 
 def _cost_rows(inputs: ReportInputs) -> list[list[str]]:
     train, speed = inputs.outputs["train"], inputs.results["speed"]
-    hours = inputs.seconds["train"] * inputs.workers / 3600
+    # Of all attempts: `inputs.seconds` has the last one alone.
+    hours = sum(epoch["seconds"] * epoch.get("num_workers", inputs.workers) for epoch in train["history"]) / 3600
     rows = [
         ["training, images/s (median)", f"{train['images_per_second']:,.0f}"],
         ["training workers", f"{inputs.workers}, {inputs.cpus_per_worker:g} CPU each"],

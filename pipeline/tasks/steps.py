@@ -69,6 +69,8 @@ def train_model(context: Context, model: PerceiverConfig | OwnModel, settings: T
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / MODEL_FILE
         context.storage.download(f"{output.pop('checkpoint')}/{MODEL_FILE}", local)
+        # Other commands may show this training with settings of their own, of which this one is in no key.
+        output["cpus_per_worker"] = settings.cpus_per_worker
         return output | {"model": context.storage.upload_verified(local, f"{context.out}/{MODEL_FILE}")}
 
 
@@ -203,7 +205,8 @@ def report(context: Context) -> dict[str, Any]:
             parameters=cost.parameter_count(model),
             macs_per_image=cost.macs_per_image(model),
             workers=inputs["train"]["num_workers"],
-            cpus_per_worker=training.cpus_per_worker,
+            # Trainings of before do not say it.
+            cpus_per_worker=inputs["train"].get("cpus_per_worker", training.cpus_per_worker),
             gpus_per_worker=inputs["train"].get("gpus_per_worker", 0),
             run_id=inputs["register"]["run_id"],
         )

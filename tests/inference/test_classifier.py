@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,33 @@ class SlowStorage(Storage):
         super().write_bytes(path, data)
 
 
+def part(number: int) -> pa.Table:
+    """A part of four images, packed."""
+    images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((4, *IMAGE_SHAPE), np.uint8))
+    ids = np.arange(4 * number, 4 * number + 4)
+    rest = {"row_id": ids, "name": ids.astype(str), "error": pa.nulls(4, pa.string()), "part": [number] * 4}
+    return packed(pa.table({"image": images, **rest}))
+
+
+def actor(apply: Callable[[np.ndarray], np.ndarray], storage: Storage) -> Classifier:
+    """An actor whose model is `apply`; the load of a real one is tested with Ray."""
+    made = Classifier.__new__(Classifier)
+    vars(made).update(_apply=apply, _names=LABEL_NAMES, _remedy="", _output=storage, _batch_size=8)
+    vars(made).update(_device="none", _turn=threading.Lock(), _error=None)
+    return made
+
+
+def test_an_image_without_finite_probabilities_has_an_error_and_no_class(tmp_path: Path) -> None:
+    probabilities = np.tile(np.eye(len(LABEL_NAMES), dtype=np.float32)[1], (4, 1))
+    probabilities[2, 0] = np.nan
+    done = actor(lambda images: probabilities, Storage(str(tmp_path)))(part(0))
+    assert done["errors"].to_pylist() == [1]
+    written = pq.read_table(tmp_path / file_name(0))
+    assert written["class_index"].to_pylist() == [1, 1, None, 1]
+    assert written["probabilities"].to_pylist()[2] is None
+    assert written["error"].to_pylist() == [None, None, "the model gives it no finite probabilities", None]
+
+
 def test_a_part_is_classified_while_another_is_written(tmp_path: Path) -> None:
     storage = SlowStorage(str(tmp_path))
     at_once, alone = threading.Semaphore(1), []
@@ -46,16 +74,7 @@ def test_a_part_is_classified_while_another_is_written(tmp_path: Path) -> None:
         at_once.release()
         return np.tile(np.eye(len(LABEL_NAMES), dtype=np.float32)[1], (len(images), 1))
 
-    classifier = Classifier.__new__(Classifier)  # without a model, whose load is tested with Ray
-    vars(classifier).update(_apply=apply, _names=LABEL_NAMES, _remedy="", _output=storage, _batch_size=8)
-    vars(classifier).update(_device="none", _turn=threading.Lock(), _error=None)
-
-    def part(number: int) -> pa.Table:
-        images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((4, *IMAGE_SHAPE), np.uint8))
-        ids = np.arange(4 * number, 4 * number + 4)
-        rest = {"row_id": ids, "name": ids.astype(str), "error": pa.nulls(4, pa.string()), "part": [number] * 4}
-        return packed(pa.table({"image": images, **rest}))
-
+    classifier = actor(apply, storage)
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(classifier, [part(number) for number in range(PARTS)]))
     assert alone == [True] * PARTS, "the model computes one part at a time"

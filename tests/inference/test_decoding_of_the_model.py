@@ -47,7 +47,7 @@ def test_copies_in_other_files_get_the_same_class(tmp_path: Path) -> None:
     copy_of = write_copies(tmp_path / "images")
     found, errors = {}, {}
     for kind, metadata in (("before", {}), ("cropped", {"decoding": {"resize": "crop", "background": 255}})):
-        save_model(tmp_path / kind, **metadata)
+        save_model(tmp_path / kind, **metadata)  # type: ignore[arg-type]
         model = RegisteredModel.from_folder(tmp_path / kind, kind)
         assert model.resize == (metadata["decoding"]["resize"] if metadata else None)
         output = tmp_path / f"{kind} output"

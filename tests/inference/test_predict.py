@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from pipeline import predict as command
+from pipeline.inference import job
 from pipeline.inference.config import PredictOptions
 from pipeline.inference.job import predict
 from pipeline.registry.fetch import fetch, registered_uris, resolve
@@ -141,6 +144,25 @@ def test_images_with_more_pixels_than_are_wanted_have_an_error(
         predict(replace(few, max_pixels=pixels), silent())
     job = json.loads((tmp_path / "few" / "_job.json").read_text())
     assert job["settings"]["max_pixels"] == pixels - 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_whose_input_changes_while_it_is_read_is_not_done(
+    model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", 3, ())
+    options = PredictOptions(str(model_folder[0]), str(tmp_path / "images"), str(tmp_path / "output"), num_actors=1)
+    classify = job._predictions
+
+    def overtaken(*arguments: Any) -> Iterator[dict[str, Any]]:
+        (tmp_path / "images" / "later.png").write_bytes(b"another file beside them does not matter")
+        os.utime(tmp_path / "images" / "00001.png", (1, 1))
+        return classify(*arguments)
+
+    monkeypatch.setattr(job, "_predictions", overtaken)
+    with pytest.raises(ValueError, match="has changed while it was read, so rows may be lost"):
+        predict(options, silent())
+    assert not (tmp_path / "output" / "_done.json").exists()
 
 
 def test_a_job_that_is_refused_leaves_its_output_as_it_was(

@@ -66,6 +66,7 @@ def register_shapes(
     error: float = 0.02,
     latency: float = 5,
     label_names: Sequence[str] = ("circle", "square"),
+    alias: str = "champion",
 ) -> dict[str, str]:
     """Registers a model that classifies the first `hits` of 1,000 rows correctly."""
     return register(
@@ -77,6 +78,7 @@ def register_shapes(
         evidence=Evidence(digest, np.arange(ROWS), np.arange(ROWS) < hits, error, latency),
         label_names=label_names,
         promotion=LIMITS,
+        champion=alias,
         tags={"dataset.sha256": "a" * 64},
         description="Shapes.",
     )
@@ -91,6 +93,24 @@ def test_names_of_classes_that_no_tag_can_hold(tracker: Tracker, name: str) -> N
         tag = tracker.client.get_model_version(name, version).tags["label_names"]
         expected = json.dumps(names, ensure_ascii=False)
         assert tag == (expected if identity == "few" else "9000 names, which the metadata of the model have")
+
+
+def test_a_version_is_decided_anew_for_another_alias(tracker: Tracker, name: str) -> None:
+    for identity, hits in (("first", 700), ("second", 650)):
+        register_shapes(tracker, name, identity, hits)
+    for identity, alias in (("second", "challenger"), ("first", "production")):
+        again = register_shapes(tracker, name, identity, alias="production")
+        assert (again["alias"], again["champion"]) == (alias, "production")
+    aliases = tracker.client.get_registered_model(name).aliases
+    assert {name: str(version) for name, version in aliases.items()} == {
+        "champion": "1",
+        "production": "1",
+        CHALLENGER: "2",
+    }
+    assert register_shapes(tracker, name, "first")["alias"] == "champion"
+    # A version that was registered before the tag counts as decided for the alias that is asked for.
+    tracker.client.delete_model_version_tag(name, "2", "promotion.alias")
+    assert register_shapes(tracker, name, "second", alias="staging")["alias"] == "challenger"
 
 
 def champion(tracker: Tracker, name: str) -> int:

@@ -98,7 +98,7 @@ def report_inputs(**changes: object) -> ReportInputs:
     }
     history = [
         {"epoch": n, "loss": 3.0 / n, "val_loss": 3.1 / n, "accuracy": n / 5, "val_accuracy": n / 6}
-        | {"images_per_second": 100.0, "learning_rate": 1e-3}
+        | {"images_per_second": 100.0, "learning_rate": 1e-3, "seconds": 1200.0, "num_workers": 2}
         for n in range(1, 4)
     ]
     trials = [
@@ -120,7 +120,7 @@ def report_inputs(**changes: object) -> ReportInputs:
                 "reason": "no better than version 2",
             },
         },
-        "seconds": {"train": 3600.0, "evaluate": 5.0},
+        "seconds": {"train": 99.0, "evaluate": 5.0},
         "settings": {"train.learning_rate": 0.001, "data.source": '"><img src=x onerror=alert(2)>'},
         "results": results,
         "pictures": {
@@ -170,7 +170,7 @@ def test_the_main_results_are_shown() -> None:
     html = render(report_inputs())
     for fragment in (
         "60.0%",
-        "test top-1, ± 10.1 (95%)",
+        "test top-1, 49.7 to 69.5 (95%)",
         "models:/m/3 (m@challenger). No better than version 2.",
         "A temperature of 1.300",
         "whole digest",
@@ -181,7 +181,15 @@ def test_the_main_results_are_shown() -> None:
         "the mean recall of the classes that have test rows: 55.55%",
     ):
         assert fragment in html, fragment
-    assert re.search(r"training, core-hours</td><td class=\"n\">1<", html), "3600 s of 2 workers of half a CPU"
+    assert re.search(r"training, core-hours</td><td class=\"n\">1<", html), (
+        "three epochs of 1200 s on 2 workers of half a CPU, most of them before the last attempt"
+    )
+
+
+def test_the_interval_of_a_model_without_a_mistake_is_not_empty() -> None:
+    results = report_inputs().results
+    results["test"] |= {"top1": 1.0, "num_examples": 30}  # type: ignore[index]
+    assert "test top-1, 88.6 to 100.0 (95%)" in render(report_inputs(results=results))
 
 
 def test_names_and_settings_are_escaped() -> None:
