@@ -145,11 +145,18 @@ def processor(trained: dict[str, Any]) -> str:
 
 
 def size_of(model: OwnModel) -> dict[str, int]:
-    """Multiply-accumulates of an image and parameters of a model."""
+    """Multiply-accumulates of an image and parameters of a model.
+
+    Raises:
+        ValueError: if the multiply-accumulates are not known, from which the number of epochs follows.
+    """
     from pipeline.training.models import build_model, count_macs
 
     built = build_model(model)
-    return {"macs": count_macs(built, model.image_shape), "parameters": built.count_params()}
+    macs = count_macs(built, model.image_shape)
+    if macs is None:
+        raise ValueError(f"the multiply-accumulates of {model.name} cannot be counted: give it no loops or conditions")
+    return {"macs": macs, "parameters": built.count_params()}
 
 
 def epochs_for(pflop: float, macs: int, rows: int) -> int:

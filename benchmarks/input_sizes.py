@@ -96,6 +96,7 @@ def measure(
         images = rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
         labels = rng.integers(0, num_classes, batch, dtype=np.int32)
         macs = count_macs(model, (side, side, 3))
+        assert macs is not None, f"the graph of {builder} does not tell its multiply-accumulates"
         model.train_on_batch(images, labels)  # traces
         seconds = []
         for _ in range(rounds):

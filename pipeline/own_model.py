@@ -44,7 +44,9 @@ def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
         except (LeaseLost, TaskFailed) as failed:
             say_error(f"error: {failed}")
             return 1
-        print(f"{found['parameters']:,} parameters, {found['macs_per_image'] / 1e6:.2f} MMAC an image")
+        macs = found["macs_per_image"]
+        cost = "unknown multiply-accumulates" if macs is None else f"{macs / 1e6:.2f} MMAC"
+        print(f"{found['parameters']:,} parameters, {cost} an image")
         print(f"validation top-1 {found['validation']['top1']:.1%}, test top-1 {found['top1']:.1%}")
         return 0
 
@@ -64,7 +66,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     Returns:
         `train`, as `pipeline.workers.train.train` returns it, with the storage path and digest of `model`, a `.keras`
         file; and `evaluate`: `top1`, `top5`, `loss` and more on the test rows, `validation`, `calibration`,
-        `parameters`, `macs_per_image`, and the paths of all results (docs/evaluation.md).
+        `parameters`, `macs_per_image` (None if unknown), and the paths of all results (docs/evaluation.md).
 
     Raises:
         ValueError: if the search is on or initial weights are given, if the model has no key, if Ray's workers cannot

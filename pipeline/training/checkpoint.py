@@ -34,6 +34,7 @@ class TrainingState:
         best_weights: Weights of the epoch with the lowest validation loss.
         metrics: Variables of the model's metrics, where `step` > 0.
         order: Shuffle seed, global batch size and number of rows, which determine the order of the rows.
+        seconds: Time that these steps took; 0 in a checkpoint from before this was kept.
     """
 
     epoch: int = 0
@@ -44,6 +45,7 @@ class TrainingState:
     best_weights: list[np.ndarray] = field(default_factory=list)
     metrics: list[np.ndarray] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def save(directory: Path, model: keras.Model, state: TrainingState) -> None:

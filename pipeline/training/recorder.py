@@ -47,7 +47,8 @@ class Recorder(keras.callbacks.Callback):
                 setattr(callback, name, value)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._epoch_start = time.perf_counter()
+        # As if an epoch that continues from a checkpoint had not been cut off.
+        self._epoch_start = time.perf_counter() - self.progress.seconds
         if self.progress.metrics:
             checkpoint.set_metric_values(self.model, self.progress.metrics)
             self.progress.metrics = []
@@ -66,6 +67,7 @@ class Recorder(keras.callbacks.Callback):
         every, stopped = self.config.checkpoint_every_steps, self.stop.agreed
         if stopped or (every and self.progress.step % every == 0):
             self.progress.metrics = checkpoint.metric_values(self.model)
+            self.progress.seconds = time.perf_counter() - self._epoch_start
             self._report({"epoch": self.progress.epoch, "step": self.progress.step})
             self.progress.metrics = []
         if stopped:
@@ -89,7 +91,7 @@ class Recorder(keras.callbacks.Callback):
         if metrics["val_loss"] <= min((past["val_loss"] for past in progress.history), default=math.inf):
             progress.best_weights = self.model.get_weights()
         progress.history.append(metrics)
-        progress.epoch, progress.step = epoch + 1, 0
+        progress.epoch, progress.step, progress.seconds = epoch + 1, 0, 0.0
         progress.finished = self.model.stop_training or progress.epoch == self.config.epochs
         progress.callbacks = {type(c).__name__: _callback_state(c) for c in self.others}
         if progress.finished:

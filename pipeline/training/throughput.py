@@ -54,12 +54,12 @@ class StepClock(keras.callbacks.Callback):
 
     Args:
         batch_size: Rows of a step over all workers.
-        macs_per_image: Multiply-accumulates of a forward pass.
+        macs_per_image: Multiply-accumulates of a forward pass; None: not known, there is no `mfu` then.
         matmul_peak: FLOP/s of this worker; the other workers are assumed to be equal.
         num_workers: Number of workers that take part in a step.
     """
 
-    def __init__(self, batch_size: int, macs_per_image: int, matmul_peak: float, num_workers: int = 1) -> None:
+    def __init__(self, batch_size: int, macs_per_image: int | None, matmul_peak: float, num_workers: int = 1) -> None:
         super().__init__()
         self.batch_size, self.macs_per_image = batch_size, macs_per_image
         self.matmul_peak, self.num_workers = matmul_peak, num_workers
@@ -118,20 +118,22 @@ class StepClock(keras.callbacks.Callback):
         """Metrics of the epoch so far; empty if it has had one step only.
 
         Returns:
-            `images_per_second`, `step_ms` (from the end of a step to the end of the next), `mfu` (share of the matmul
-            peak of all workers) and `num_workers`; if noted, also `data_wait_ms`, `all_reduce_ms` (which includes the
-            wait for slower workers), and their shares of the step, `data_wait_share` and `all_reduce_share`.
+            `images_per_second`, `step_ms` (from the end of a step to the end of the next) and `num_workers`; if the
+            multiply-accumulates are known, `mfu` (share of the matmul peak of all workers); if noted, also
+            `data_wait_ms`, `all_reduce_ms` (which includes the wait for slower workers), and their shares of the step,
+            `data_wait_share` and `all_reduce_share`.
         """
         if not self.steps:
             return {}
         total = self._end - self._start
-        flops = FLOPS_PER_MAC * self.macs_per_image * self.images_per_second
         metrics = {
             "images_per_second": self.images_per_second,
             "step_ms": 1e3 * total / self.steps,
-            "mfu": flops / (self.matmul_peak * self.num_workers),
             "num_workers": self.num_workers,
         }
+        if self.macs_per_image is not None:
+            flops = FLOPS_PER_MAC * self.macs_per_image * self.images_per_second
+            metrics["mfu"] = flops / (self.matmul_peak * self.num_workers)
         for name, seconds in self._seconds.items():
             metrics |= {f"{name}_ms": 1e3 * seconds / self.steps, f"{name}_share": seconds / total}
         return metrics

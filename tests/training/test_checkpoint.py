@@ -1,5 +1,6 @@
 """The content of checkpoints; a damaged one is never restored."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from pipeline.storage import Storage
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainingState
-from pipeline.training.checkpoint_store import COMMIT_FILE, CheckpointError, CheckpointStore
+from pipeline.training.checkpoint_store import COMMIT_FILE, STATE_FILE, CheckpointError, CheckpointStore
 
 DISK_BYTES = 2 << 20  # size of `small_disk`
 
@@ -129,6 +130,7 @@ def test_a_checkpoint_holds_all_that_training_changes(policy: str, tmp_path: Pat
         best_weights=model.get_weights(),
         metrics=[np.array(1.5)],
         order=[0, 8, 8],
+        seconds=1.5,
     )
     checkpoint.save(tmp_path, model, state)
     other = made_model(policy)
@@ -140,8 +142,19 @@ def test_a_checkpoint_holds_all_that_training_changes(policy: str, tmp_path: Pat
     if policy == "mixed_float16":
         scale = model.optimizer.dynamic_scale.numpy()
         assert other.optimizer.dynamic_scale.numpy() == scale < model.optimizer.initial_scale
-    for name in ("epoch", "step", "finished", "history", "callbacks", "order"):
+    for name in ("epoch", "step", "finished", "history", "callbacks", "order", "seconds"):
         assert getattr(found, name) == getattr(state, name)
     for name in ("best_weights", "metrics"):
         for value, expected in zip(getattr(found, name), getattr(state, name), strict=True):
             np.testing.assert_array_equal(value, expected)
+
+
+def test_a_checkpoint_from_before_the_seconds_were_kept_is_read(tmp_path: Path) -> None:
+    model = made_model("float32")
+    model.optimizer.build(model.trainable_variables)
+    checkpoint.save(tmp_path, model, TrainingState(epoch=1, step=2, seconds=3.0))
+    kept = json.loads((tmp_path / STATE_FILE).read_text())
+    del kept["seconds"]
+    (tmp_path / STATE_FILE).write_text(json.dumps(kept))
+    found = checkpoint.load(tmp_path, model)
+    assert (found.epoch, found.step, found.seconds) == (1, 2, 0.0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fit_worker
@@ -16,6 +17,8 @@ import pytest
 from tiny_training import MODEL, TRAIN
 
 import perceiver.model  # noqa: F401  registers its classes with Keras
+from pipeline.training import recorder
+from pipeline.training.recorder import Recorder
 from pipeline.training.worker import NotFinite
 
 pytestmark = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
@@ -181,6 +184,29 @@ def test_a_training_that_was_stopped_and_killed_within_an_epoch_ends_as_one_that
     assert (state(cut)["epoch"], state(cut)["step"]) == (2, 7)
     run(num_workers, every_7, dropout, out=cut)
     assert_same_training(straight, cut, 1e-6)
+
+
+def test_the_seconds_of_an_epoch_have_those_before_it_was_cut_off(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of a training is computed from them. Here each of the 20 steps of an epoch takes a second."""
+    now, after_step = 0.0, Recorder.on_train_batch_end
+
+    def slow(recorder: Recorder, batch: int, logs: dict[str, Any] | None = None) -> None:
+        nonlocal now
+        now += 1
+        after_step(recorder, batch, logs)
+
+    monkeypatch.setattr(Recorder, "on_train_batch_end", slow)
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: now))
+    every_7 = {"epochs": 2, "checkpoint_every_steps": 7}
+    out = run(1, every_7, stop_rank=0, stop_after=1)
+    assert (state(out)["step"], state(out)["seconds"]) == (8, 8)
+    run(1, every_7, out=out, stop_rank=0, stop_after=1)
+    assert (state(out)["step"], state(out)["seconds"]) == (15, 15)
+    run(1, every_7, out=out)
+    assert [epoch["seconds"] for epoch in state(out)["history"]] == [20, 20]
+    assert state(out)["seconds"] == 0
+    # The rate stays that of the steps which the last process timed.
+    assert all(epoch["images_per_second"] == pytest.approx(50e3 / epoch["step_ms"]) for epoch in state(out)["history"])
 
 
 @pytest.mark.slow

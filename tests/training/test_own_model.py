@@ -1,12 +1,16 @@
 """A model of one's own: what is refused, what its key covers, its multiply-accumulates, and its optimizer."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import own_models
 import pytest
+import tensorflow as tf
+from keras import layers
 from tiny_perceivers import TINY
 from tiny_training import TRAIN
 
@@ -40,6 +44,65 @@ def test_the_counted_macs_are_those_counted_by_hand() -> None:
     # 8 rows of 8: queries and keys of 2 x 3, values of 2 x 5, logits and weighted sums, the output, the classes
     attention = 8 * 8 * (6 + 6 + 10) + 2 * 8 * 8 * (3 + 5) + 8 * 10 * 8
     assert macs_of(attending, build_model(attending)) == attention + 8 * 10
+
+
+def macs_of_layer(layer: Callable[[Any], Any], rows: tuple[int, ...] = (8, 8, 3)) -> int | None:
+    """Of a layer on images of 8 x 8 x 3, as another shape."""
+    images = keras.Input((8, 8, 3))
+    return count_macs(keras.Model(images, layer(layers.Reshape(rows)(images))), (8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows", "macs"),
+    [
+        (layers.Conv2D(6, 3, padding="same", groups=3), (8, 8, 3), 64 * 9 * 6),
+        (layers.Conv2D(6, 3, padding="same", dilation_rate=2), (8, 8, 3), 64 * 9 * 3 * 6),
+        (layers.Conv1D(6, 3, padding="same", groups=3), (64, 3), 64 * 3 * 6),
+        (layers.Conv3D(6, 3, padding="same"), (4, 4, 4, 3), 64 * 27 * 3 * 6),
+        (layers.Conv2DTranspose(16, 3, padding="same"), (8, 8, 3), 64 * 9 * 3 * 16),
+        (layers.Conv2DTranspose(16, 2, strides=2), (8, 8, 3), 256 * 3 * 16),  # each output has one cell
+        (layers.Conv1DTranspose(16, 2, strides=2), (64, 3), 128 * 3 * 16),
+        (layers.Conv3DTranspose(16, 2, strides=2), (4, 4, 4, 3), 512 * 3 * 16),
+        (layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2), (8, 8, 3), 64 * 9 * 3 * 2),
+        (layers.SeparableConv1D(6, 3, padding="same"), (64, 3), 64 * 3 * 3 + 64 * 3 * 6),
+        (layers.Dense(5), (64, 3), 64 * 3 * 5),
+        (layers.EinsumDense("...x,xy->...y", output_shape=16), (8, 8, 3), 64 * 3 * 16),
+        (layers.EinsumDense("...x,xy->...y", output_shape=16), (64, 3), 64 * 3 * 16),
+        (layers.TimeDistributed(layers.Conv1D(6, 3, padding="same")), (8, 8, 3), 64 * 3 * 3 * 6),
+        (layers.LSTM(4, unroll=True), (64, 3), 64 * (3 * 16 + 4 * 16)),
+    ],
+)
+def test_the_macs_of_a_layer(layer: Callable[[Any], Any], rows: tuple[int, ...], macs: int) -> None:
+    assert macs_of_layer(layer, rows) == macs
+
+
+def of_tensorflow(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return layers.Lambda(function, output_shape=(8, 8, 3))
+
+
+def test_macs_of_operations_of_tensorflow() -> None:
+    kernel, several = tf.ones((3, 3)), tf.ones((8, 1, 3, 3))
+    assert macs_of_layer(of_tensorflow(tf.function(lambda x: tf.function(tf.matmul)(x, kernel)))) == 64 * 3 * 3
+    # The dimensions of an ellipsis are broadcast.
+    assert macs_of_layer(of_tensorflow(lambda x: tf.einsum("...wc,...cd->...wd", x, several[:, 0]))) == 64 * 3 * 3
+    assert macs_of_layer(of_tensorflow(lambda x: tf.einsum("...hwc->...whc", x))) == 0
+    assert macs_of_layer(of_tensorflow(lambda x: tf.map_fn(lambda row: row + 1, x))) == 0
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        keras.Sequential([layers.Reshape((64, 3)), layers.LSTM(4)]),
+        of_tensorflow(lambda x: tf.map_fn(lambda row: tf.matmul(row, tf.ones((8, 3, 3))), x)),
+        of_tensorflow(lambda x: tf.cond(tf.reduce_sum(x) > 0, lambda: tf.matmul(x, tf.ones((1, 8, 3, 3))), lambda: x)),
+        of_tensorflow(lambda x: tf.matmul(tf.boolean_mask(x, x[..., 0] > 0), tf.ones((3, 3)))),
+        of_tensorflow(lambda x: tf.sparse.sparse_dense_matmul(tf.sparse.from_dense(x[0, 0]), tf.ones((3, 3)))),
+        of_tensorflow(lambda x: tf.numpy_function(lambda y: y, [x], tf.float32)),
+    ],
+    ids=["recurrent", "loop", "condition", "shape", "sparse", "python"],
+)
+def test_macs_that_the_graph_does_not_tell_are_unknown_and_not_too_low(layer: Callable[[Any], Any]) -> None:
+    assert macs_of_layer(layer) is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +146,79 @@ def _from_file(script: Path, body: str) -> Callable[..., Any]:
     names: dict[str, Any] = {}
     exec(compile(script.read_text(), str(script), "exec"), names)
     return names["build"]
+
+
+def test_defaults_are_in_the_key_and_change_none_that_has_none() -> None:
+    """The same lines give other defaults each time they run."""
+
+    def with_default(width: Any) -> OwnModel:
+        def build(image_shape: Any, num_classes: int, pixel_mean: Any, pixel_std: Any, width: Any = width) -> Any: ...
+
+        return OwnModel(build)
+
+    one, two = with_default(1).key(), with_default((2, 3)).key()
+    assert (one.pop("defaults"), two.pop("defaults")) == ({"width": 1}, {"width": [2, 3]})
+    assert one == two
+    given: dict[str, Any] = {"arguments": {"width": 4}}  # what is given is not left to the default
+    assert replace(with_default(1), **given).key() == replace(with_default(object()), **given).key() == one | given
+    assert set(one) == set(OwnModel(own_models.attending).key()) == {"builder", "source", "arguments", "version"}
+    message = r"with_default.<locals>.build has the default width = <object .*>, which no key holds: pass it in `argum"
+    with pytest.raises(ValueError, match=message):
+        with_default(object()).key()
+
+
+def test_two_functions_of_one_name_in_a_file_have_two_keys() -> None:
+    def made(deep: bool) -> OwnModel:
+        if deep:
+
+            def build(**_: Any) -> Any:
+                return "deep"
+
+        else:
+
+            def build(**_: Any) -> Any:
+                return "flat"
+
+        return OwnModel(build)
+
+    assert made(True).key() == made(True).key() == {k: v for k, v in made(False).key().items() if k != "number"}
+    assert made(False).key()["number"] == 1
+
+
+class Built:
+    def method(self, **_: Any) -> Any: ...
+
+    def __call__(self, **_: Any) -> Any: ...
+
+
+def _capturing(width: int) -> Callable[..., Any]:
+    def build(**_: Any) -> Any:
+        return width
+
+    return build
+
+
+def _class_within() -> Callable[..., Any]:
+    class Within: ...
+
+    return Within
+
+
+@pytest.mark.parametrize(
+    ("builder", "message"),
+    [
+        (_capturing(3), "the builder _capturing.<locals>.build uses width of the function around it: no key tells"),
+        (lambda **_: own_models.no_model(), "the builder <lambda> is a lambda, which has no name: no key tells"),
+        (functools.partial(own_models.convolutional, channels=3), "is an object of functools.partial: no key tells"),
+        (Built().method, r"the builder Built.method is bound to <.*Built object .*>: no key tells"),
+        (Built(), r"is an object of .*test_own_model.Built: no key tells"),
+        (_class_within(), "the builder _class_within.<locals>.Within is a class within a function, whose variables"),
+    ],
+)
+def test_a_builder_with_a_state_that_no_key_holds_is_refused(builder: Callable[..., Any], message: str) -> None:
+    """Before it is built, and before anything else is done with it."""
+    with pytest.raises(ValueError, match=message + ".*; define a function with `def`, and pass what it needs in `arg"):
+        own_model_tasks(replace(SMALL, builder=builder))
 
 
 def test_what_has_no_key_is_refused() -> None:

@@ -100,6 +100,8 @@ def test_rate_and_share_of_the_peak() -> None:
     assert 0.5 * BATCH / PAUSE < metrics["images_per_second"] < 1.01 * BATCH / PAUSE
     assert metrics["mfu"] == pytest.approx(FLOPS_PER_MAC * 3 * metrics["images_per_second"] / 2e9)
     assert metrics["num_workers"] == 2
+    measured.macs_per_image = None
+    assert measured.metrics() == {name: value for name, value in metrics.items() if name != "mfu"}
 
 
 def test_an_epoch_without_a_timed_step_has_no_rate() -> None:
