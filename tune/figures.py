@@ -63,14 +63,21 @@ def figures(trials: Sequence[Trial], space: Space, settings: SearchConfig) -> li
 
 
 def _study(trials: Sequence[Trial], space: Space, settings: SearchConfig) -> optuna.Study:
-    """The search as an Optuna study. A model beyond the cost limit is infeasible; Optuna draws it in grey."""
+    """The search as an Optuna study.
+
+    What is not the best trial whatever its value is infeasible, and Optuna draws it in grey: a model beyond the cost
+    limit, and a failed trial, unless all have failed.
+    """
     study = optuna.create_study(direction="maximize")
+    all_failed = all(trial.status == "failed" for trial in trials if trial.best_value is not None)
     limit = settings.cost_limit_gflops
     for trial in trials:
         if trial.best_value is None:  # keeps its place, so that the other trials keep their numbers
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
             continue
-        constraints = None if limit is None else {"cost_limit_gflops": trial.gflops - limit}
+        constraints = {"failed": float(trial.status == "failed" and not all_failed)}
+        if limit is not None:
+            constraints["cost_limit_gflops"] = trial.gflops - limit
         study.add_trial(_completed(trial, space, [trial.best_value], constraints))
     return study
 
@@ -79,13 +86,13 @@ def _value_against_cost(trials: Sequence[Trial], space: Space, settings: SearchC
     """Value against GFLOPs with the Pareto front.
 
     A trial that was stopped early is not on the front, since the value that it would have reached is unknown; unless
-    all were stopped.
+    none was trained to the end. A failed one is on it only if all have failed.
     """
     study = optuna.create_study(directions=["minimize", "maximize"])
-    some_finished = any(trial.status == "finished" for trial in trials)
+    best_status = min((trial.status for trial in trials), key=("finished", "stopped early", "running", "failed").index)
     for trial in trials:
         assert trial.best_value is not None
-        constraints = {"finished": float(some_finished and trial.status != "finished")}
+        constraints = {"status": float(trial.status != best_status)}
         study.add_trial(_completed(trial, space, [trial.gflops, trial.best_value], constraints))
     figure = visualization.plot_pareto_front(study, target_names=["GFLOPs per image, forward pass", OBJECTIVE])
     figure.update_layout(title="Accuracy against cost (red: Pareto front, grey: not trained to the end)")

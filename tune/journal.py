@@ -6,7 +6,7 @@ under another name. Here a trial keeps its number, and its file is written befor
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,8 @@ from tune.space import Sample, Space, gflops_per_image, to_model
 
 OBJECTIVE = "val_accuracy"
 SCORE = "score"
+# In a result, beside its score: the trial has reported this epoch before it was cut off.
+AGAIN = "again"
 Status = Literal["running", "finished", "stopped early", "failed"]
 
 
@@ -99,10 +101,30 @@ def score(value: float, gflops: float, settings: SearchConfig) -> float:
 
 
 def best_of(trials: Iterable[Trial], settings: SearchConfig) -> Trial | None:
-    """The trial with the highest accuracy within the cost limit; None if no trial has a value."""
+    """The trial with the highest accuracy within the cost limit; None if no trial has a value.
+
+    A failed trial ranks after all others: its values before the failure say nothing about a training with its settings.
+    """
+    candidates = [trial for trial in _within_limit(trials, settings) if trial.best_value is not None]
+    return max(candidates, key=lambda trial: (trial.status != "failed", trial.best_value, trial.epochs), default=None)
+
+
+def no_best(trials: Sequence[Trial], settings: SearchConfig) -> str:
+    """The reason for which none of the trials is the best, with a remedy or the first error."""
+    within, limit = _within_limit(trials, settings), settings.cost_limit_gflops
+    if trials and not within:
+        return (
+            f"no trial is within search.cost_limit_gflops = {limit:g}, and the cheapest of the {len(trials)} has "
+            f"{min(trial.gflops for trial in trials):g}: raise the limit, search smaller models, or give more trials"
+        )
+    error = next((trial.error for trial in within if trial.error), "none ran")
+    where = "" if limit is None else f" within search.cost_limit_gflops = {limit:g}"
+    return f"no trial{where} came as far as one epoch; the first one: {error}"
+
+
+def _within_limit(trials: Iterable[Trial], settings: SearchConfig) -> list[Trial]:
     limit = settings.cost_limit_gflops or math.inf
-    candidates = [trial for trial in trials if trial.best_value is not None and trial.gflops <= limit]
-    return max(candidates, key=lambda trial: (trial.best_value, trial.epochs), default=None)
+    return [trial for trial in trials if trial.gflops <= limit]
 
 
 def seconds_left(trials: Sequence[Trial], num_trials: int, concurrent: int) -> float | None:
@@ -135,10 +157,14 @@ class Journal:
         store: storage of the files.
         folder: folder of this search.
         others: folders of comparable searches: those with the same data, recipe and number of epochs.
+        mask: hides secrets in the text of an error, which may quote the login of a storage. Every error of a trial
+            passes it before it is stored, reported to Ray Tune, which writes files of its own, or raised.
     """
 
-    def __init__(self, store: Store, folder: str, others: Sequence[str] = ()) -> None:
-        self.store, self.folder, self._others = store, folder, others
+    def __init__(
+        self, store: Store, folder: str, others: Sequence[str] = (), mask: Callable[[str], str] = lambda text: text
+    ) -> None:
+        self.store, self.folder, self._others, self.mask = store, folder, others, mask
 
     def trials(self) -> list[Trial]:
         """The trials of this search, in the order in which they started."""
@@ -156,11 +182,11 @@ class Journal:
         if not self.store.exists(path):
             ended = [trial for other in self._others for trial in self._read(other) if trial.status != "running"]
             self.store.write_json(path, [asdict(trial) for trial in ended if space.contains(trial.values)])
-        return [Trial.from_dict(row) for row in self.store.read_json(path)]
+        return [self._load(row) for row in self.store.read_json(path)]
 
     def write_death(self, trial: str, reason: str) -> None:
         """Stores the reason for which the process of a trial is about to end itself."""
-        self.store.write_json(self._death_path(trial), reason)
+        self.store.write_json(self._death_path(trial), self.mask(reason))
 
     def death(self, trial: str) -> str | None:
         """The reason for which the process of a trial has ended itself; None if it has not."""
@@ -172,4 +198,11 @@ class Journal:
 
     def _read(self, folder: str) -> list[Trial]:
         names = [name for name in self.store.list(folder) if name.startswith("trial-") and name.endswith(".json")]
-        return [Trial.from_dict(self.store.read_json(f"{folder}/{name}")) for name in names]
+        return [self._load(self.store.read_json(f"{folder}/{name}")) for name in names]
+
+    def _load(self, row: Mapping[str, Any]) -> Trial:
+        """The trial of a row, with the error masked: an earlier version of this project stored it as it was."""
+        trial = Trial.from_dict(row)
+        if trial.error:
+            trial.error = self.mask(trial.error)
+        return trial

@@ -16,12 +16,13 @@ from typing import Any
 
 import ray
 import ray.tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.util.placement_group import PlacementGroup
 
+from tune.asha import ResumableASHA
 from tune.config import SearchConfig
-from tune.journal import OBJECTIVE, SCORE, Journal, Trial, best_of, score, seconds_left
+from tune.journal import OBJECTIVE, SCORE, Journal, Trial, best_of, no_best, score, seconds_left
 from tune.proposals import propose
 from tune.resources import concurrent_trials
 from tune.space import Space
@@ -64,7 +65,7 @@ def search(
         them) and `trials` (the fields of each `Trial` of this search, and its `best_value`).
 
     Raises:
-        RuntimeError: if no trial completed an epoch; the message holds the first trial's error.
+        RuntimeError: if no trial within the cost limit completed an epoch; the message holds the first one's error.
         ValueError: if the cluster is too small for a trial.
     """
     cluster = ray.cluster_resources()
@@ -83,8 +84,7 @@ def search(
         _run(train_trial, settings, queue, journal, storage_path, name or storage_path, use_gpu, asha)
     best = best_of([*queue.trials, *earlier], settings)
     if best is None:
-        errors = [trial.error for trial in queue.trials if trial.error]
-        raise RuntimeError(f"no trial came as far as one epoch; the first one: {errors[0] if errors else 'none ran'}")
+        raise RuntimeError(no_best(queue.trials, settings))
     return {
         "best": best.values,
         "best_value": best.best_value,
@@ -147,7 +147,7 @@ class TrialQueue:
     def end(self, trial: Trial, completed: bool, error: str | None) -> None:
         """Records the end of a trial, which `completed` its training, failed with `error`, or was stopped."""
         if error:
-            trial.end("failed", error)
+            trial.end("failed", self._journal.mask(error))
         else:
             trial.end("finished" if completed or trial.epochs >= self.settings.epochs else "stopped early")
         self._journal.write(trial)
@@ -166,14 +166,8 @@ def scheduler(settings: SearchConfig, ended: Sequence[Trial] = (), warmup_epochs
     if not settings.early_stopping:
         return FIFOScheduler()
     # Replays the ended trials through Tune's own interface. ASHA uses a trial's id only, and no Tune controller.
-    asha: Any = ASHAScheduler(
-        time_attr="epoch",
-        metric=SCORE,
-        mode="max",
-        max_t=settings.epochs,
-        grace_period=min(settings.epochs, max(settings.grace_epochs, math.floor(warmup_epochs) + 1)),
-        reduction_factor=settings.reduction_factor,
-    )
+    grace = min(settings.epochs, max(settings.grace_epochs, math.floor(warmup_epochs) + 1))
+    asha: Any = ResumableASHA(settings.epochs, grace, settings.reduction_factor)
     for number, trial in enumerate(ended):  # the name alone is not unique across searches
         stand_in = SimpleNamespace(trial_id=f"{number}/{trial.name}")
         asha.on_trial_add(None, stand_in)

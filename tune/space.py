@@ -67,13 +67,14 @@ class Space:
         """The space that `settings` describe, with all other fields as in `model`.
 
         Raises:
-            ValueError: if none of its points can be trained.
+            ValueError: if none of its points can be trained, or all are beyond the cost limit of the best trial.
         """
         values = {d.name: tuple(sorted(set(getattr(settings, d.name)))) for d in DIMENSIONS}
         values = {name: listed for name, listed in values.items() if listed}
         space = cls(values, model, settings.max_gflops, settings.max_parameters)
         if not any(space.allows(shape) for shape in space.shapes()):
             raise ValueError(f"the search space is empty: {space.rejection(next(space.shapes()))}")
+        space._check_cost_limit(settings.cost_limit_gflops)
         return space
 
     @property
@@ -110,6 +111,17 @@ class Space:
                     f"search.{name} = {limit:g} is less than the {cost:g} of a model: raise it, or search smaller ones"
                 )
         return None
+
+    def _check_cost_limit(self, limit: float | None) -> None:
+        """Refuses a limit below all models: the search would find out only at its end that it has no best trial."""
+        if limit is None:
+            return
+        cheapest = min(gflops_per_image(to_model(shape, self.model)) for shape in self.shapes() if self.allows(shape))
+        if cheapest > limit:
+            raise ValueError(
+                f"search.cost_limit_gflops = {limit:g} is less than the {cheapest:g} of the cheapest model of the "
+                "search: raise it, or search smaller ones"
+            )
 
     def contains(self, sample: Mapping[str, Any]) -> bool:
         """Whether `sample`, which may come from another search, is a point of this space."""

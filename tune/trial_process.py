@@ -15,14 +15,22 @@ from typing import Any, Protocol
 import ray.tune
 
 from tune.config import SearchConfig
-from tune.journal import OBJECTIVE, SCORE, Journal, score
+from tune.journal import AGAIN, OBJECTIVE, SCORE, Journal, score
 from tune.space import Sample
 
-Report = Callable[[Mapping[str, Any]], None]
 # Time for a training on several workers to write a checkpoint and stop.
 STOP_TIMEOUT_SECONDS = 180.0
 MEMORY_POLL_SECONDS = 0.1
 ENDED = {"done": True, "ended": True}  # `done` alone is not enough: Tune also sets it when it stops a trial
+
+
+class Report(Protocol):
+    """Takes the metrics of an epoch, which include `epoch`, `val_accuracy` and `seconds`.
+
+    With `again`, the trial had completed the epoch before it was cut off: it is recorded, and stops no trial.
+    """
+
+    def __call__(self, metrics: Mapping[str, Any], *, again: bool = False) -> None: ...
 
 
 class TrainTrial(Protocol):
@@ -31,8 +39,8 @@ class TrainTrial(Protocol):
     Args:
         sample: values of the searched dimensions.
         trial: name of the trial. One that was cut off continues from its checkpoint, and first reports the epochs that
-            it has completed once more.
-        report: called with the metrics of each epoch, which include `epoch`, `val_accuracy` and `seconds`.
+            it has completed once more, as `again`.
+        report: called with the metrics of each epoch.
 
     Raises:
         TrialStopped: by `report`, if the trial is stopped early; it must be passed on.
@@ -49,8 +57,8 @@ class TrialProcess(ray.tune.Trainable):
     """Runs one trial after another, if Tune has `reuse_actors`.
 
     The config of a trial holds its name as `trial`, its sample as `values`, and its `gflops`. A result holds the
-    reported `metrics`, and `epoch` and `score`. The last result of a training that was not stopped by Tune has `ended`,
-    and `error` if it failed.
+    reported `metrics`, `epoch` and `score`, and whether the epoch was reported `again`. The last result of a training
+    that was not stopped by Tune has `ended`, and `error` if it failed.
     """
 
     def setup(  # type: ignore[override]
@@ -81,7 +89,7 @@ class TrialProcess(ray.tune.Trainable):
         if error := self._journal.death(self._trial):  # the process before this one exceeded its memory
             self._training: _TrainingThread | _FailedTraining = _FailedTraining(error)
         else:
-            self._training = _TrainingThread(self._train_trial, config["values"], self._trial)
+            self._training = _TrainingThread(self._train_trial, config["values"], self._trial, self._journal.mask)
 
     def _watch_memory(self, limit_gib: float) -> None:
         """Kills this process when it exceeds its memory limit, before the kernel kills another one."""
@@ -110,7 +118,8 @@ class _FailedTraining:
 class _TrainingThread:
     """A training in its own thread, which alternates with the thread that asks for epochs."""
 
-    def __init__(self, train_trial: TrainTrial, sample: Sample, trial: str) -> None:
+    def __init__(self, train_trial: TrainTrial, sample: Sample, trial: str, mask: Callable[[str], str]) -> None:
+        self._mask = mask
         self._results: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._turn = threading.Semaphore(0)
         self._stopped = False
@@ -144,12 +153,12 @@ class _TrainingThread:
         except TrialStopped:
             return
         except Exception as error:
-            self._results.put({**self._last, **ENDED, "error": one_line(error)})
+            self._results.put({**self._last, **ENDED, "error": self._mask(one_line(error))})
         else:
             self._results.put({**self._last, **ENDED})
 
-    def _report(self, metrics: Mapping[str, Any]) -> None:
-        self._last = {"metrics": dict(metrics)}
+    def _report(self, metrics: Mapping[str, Any], *, again: bool = False) -> None:
+        self._last = {"metrics": dict(metrics), AGAIN: again}
         self._results.put(dict(self._last))
         self._turn.acquire()
         if self._stopped:

@@ -50,7 +50,8 @@ class TrialTable:
         table = Table("trial", "values", "GFLOPs", "status", "epoch", "best val_accuracy", box=None, pad_edge=False)
         running = [trial for trial in self._trials.values() if trial.status == "running"]
         ended = [trial for trial in self._trials.values() if trial.status != "running"]
-        ended.sort(key=lambda trial: -1.0 if trial.best_value is None else trial.best_value, reverse=True)
+        # A failed trial is never the best, whatever value it had before.
+        ended.sort(key=lambda trial: (trial.status == "failed", -(trial.best_value or 0.0)))
         for trial in [*running, *ended[:MOST_ENDED]]:
             style = STYLES[trial.status]
             table.add_row(

@@ -145,7 +145,7 @@ def _search(search: Mapping[str, Any]) -> dict[str, Any] | None:
             trial["status"],
             percent(round(trial["best_value"], 4)),
         ]
-        for trial in sorted(trials, key=lambda trial: -trial["best_value"])
+        for trial in sorted(trials, key=lambda trial: (trial["status"] == "failed", -trial["best_value"]))
     ]
     return {
         "num_trials": len(search["trials"]),

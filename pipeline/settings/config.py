@@ -104,7 +104,7 @@ class PipelineConfig:
         """The search space; None if the search is off.
 
         Raises:
-            ValueError: if the space has no point that can be trained.
+            ValueError: if the space has no point that can be trained, or none within the cost limit.
         """
         if not self.search.num_trials:
             return None

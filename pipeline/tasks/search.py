@@ -54,7 +54,7 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
                 status=trial.status,
                 epochs=trial.epochs,
                 best_value=trial.best_value,
-                error=mask(trial.error) if trial.error else None,
+                error=trial.error,
                 seconds_left=seconds_left,
                 metrics=trial.history[-1] if told else None,
             )
@@ -66,7 +66,7 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
             training,
             space,
             settings,
-            journal=Journal(storage, folder, _others(context, digest)),
+            journal=Journal(storage, folder, _others(context, digest), mask),
             # Tune writes the path into files of Ray's session, where a login has no place. All it keeps there is its
             # own record, which nobody reads. (A login in the URI has not been tried on several hosts.)
             storage_path=path if mask(path) == path else local,

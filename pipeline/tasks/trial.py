@@ -60,7 +60,7 @@ class TrialTraining:
                 resume_from = checkpoint if store.restore_newest(checkpoint) else None
                 if resume_from:
                     for metrics in json.loads((checkpoint / STATE_FILE).read_text())["history"]:
-                        report(metrics)
+                        report(metrics, again=True)
                 if train.max_workers == 1:
                     self._in_process(model, train, store, resume_from, report)
                 else:

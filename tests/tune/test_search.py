@@ -16,9 +16,10 @@ import ray
 from ray.tune.schedulers import TrialScheduler
 
 from perceiver.config import PerceiverConfig
+from pipeline.masking import mask
 from pipeline.storage import Storage
 from tune.config import SearchConfig
-from tune.journal import SCORE, Journal
+from tune.journal import SCORE, Journal, Trial
 from tune.search import scheduler, search
 from tune.space import Sample, Space
 from tune.trial_process import Report
@@ -52,6 +53,7 @@ class ToyTraining:
         diverges: numbers of the trials whose loss becomes NaN.
         allocates: numbers of the trials that exceed the memory limit.
         dies: numbers of the trials whose process is killed once.
+        message: text of the error of the trials that raise one; empty: names the trial.
     """
 
     folder: Path
@@ -59,13 +61,14 @@ class ToyTraining:
     diverges: tuple[int, ...] = ()
     allocates: tuple[int, ...] = ()
     dies: tuple[int, ...] = ()
+    message: str = ""
     seconds_per_epoch: float = 0.0
 
     def __call__(self, sample: Sample, *, trial: str, report: Report) -> None:
         number = int(trial.rpartition("-")[2])
         self._note(trial, f"called in {os.getpid()}")
         if number in self.raises:
-            raise RuntimeError(f"{trial} cannot be trained")
+            raise RuntimeError(self.message or f"{trial} cannot be trained")
         if number in self.diverges:
             raise ArithmeticError("the training loss is nan at epoch 1, step 1")
         state = self.folder / f"{trial}.json"
@@ -82,7 +85,8 @@ class ToyTraining:
                 time.sleep(60 + len(memory) * 0)
             (new := state.with_suffix(".new")).write_text(json.dumps(max(epoch, begun)))
             new.replace(state)  # atomic: this process may be killed here
-            report({"epoch": epoch, "val_accuracy": accuracy(sample, epoch), "seconds": self.seconds_per_epoch})
+            metrics = {"epoch": epoch, "val_accuracy": accuracy(sample, epoch), "seconds": self.seconds_per_epoch}
+            report(metrics, again=epoch <= begun)
 
     def _note(self, trial: str, line: str) -> None:
         with (self.folder / f"{trial}.log").open("a") as file:
@@ -149,6 +153,30 @@ def test_failing_trials_do_not_stop_the_search(tmp_path: Path) -> None:
 def test_a_search_without_a_completed_epoch_raises_the_first_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no trial .* first one: RuntimeError: trial-0001 cannot be trained"):
         run(ToyTraining(tmp_path, raises=(1,)), settings(num_trials=1))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_no_file_of_a_search_holds_the_login_that_an_error_quotes(tmp_path: Path) -> None:
+    """Neither the record of the search, nor that of a later one, nor what Ray Tune writes for itself."""
+    training = ToyTraining(tmp_path, raises=(2,), message="s3://AKIAEXAMPLE:hunter2@bucket/runs refuses")
+    store = Storage(str(tmp_path / "state"))
+    found = run(training, settings(num_trials=2), Journal(store, "first", mask=mask))
+    assert [trial["error"] for trial in found["trials"]] == [None, "RuntimeError: s3://***@bucket/runs refuses"]
+    with_error = Trial.from_dict(found["trials"][1])
+    with_error.error = training.message
+    Journal(store, "old").write(with_error)  # as an earlier version of this project stored it
+    later = Journal(store, "later", ["first", "old"], mask=mask)
+    taken_over = later.earlier(Space.of(settings(), PerceiverConfig()))
+    assert [trial.error for trial in taken_over if trial.error] == [
+        "RuntimeError: s3://***@bucket/runs refuses",
+        "s3://***@bucket/runs refuses",
+    ]
+    later.write_death("trial-0001", training.message)
+    assert later.death("trial-0001") == "s3://***@bucket/runs refuses"
+    (tmp_path / "state" / "old" / "trial-0002.json").unlink()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("ray" in path.relative_to(tmp_path).parts for path in written)
+    assert [path for path in written if b"hunter2" in path.read_bytes()] == []
 
 
 @pytest.mark.usefixtures("ray_cluster")

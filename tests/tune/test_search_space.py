@@ -14,7 +14,7 @@ from perceiver.cost import macs_per_image, parameter_count
 from pipeline.storage import Storage
 from tune.config import SearchConfig
 from tune.figures import draw, figures
-from tune.journal import Journal, Trial, best_of, score, seconds_left
+from tune.journal import Journal, Trial, seconds_left
 from tune.proposals import propose
 from tune.resources import concurrent_trials
 from tune.space import DIMENSIONS, Space, gflops_per_image, to_model, training_values
@@ -177,23 +177,6 @@ def test_concurrent_trials(
             concurrent_trials(cpus, gpus, workers=workers, limit=limit, **each)
     else:
         assert concurrent_trials(cpus, gpus, workers=workers, limit=limit, **each) == expected
-
-
-def test_the_best_within_a_cost_limit() -> None:
-    trials = [
-        trial("cheap", {}, 0.3, gflops=0.1),
-        trial("right", {}, 0.5, 0.4, gflops=0.2),
-        trial("dear", {}, 0.9, gflops=0.3),
-        trial("nothing", {}, status="failed"),
-    ]
-    assert best_of(trials, SearchConfig()) is trials[2]
-    settings = SearchConfig(objective="accuracy_at_cost", cost_limit_gflops=0.2)
-    assert best_of(trials, settings) is trials[1]
-    scores = [score(0.5, gflops, settings) for gflops in (0.1, 0.2, 0.3, 0.4)]
-    assert scores == [0.5, 0.5, pytest.approx(-0.5), pytest.approx(-1.0)]
-    assert best_of([trials[3]], settings) is None
-    with pytest.raises(ValueError, match="accuracy_at_cost needs the limit"):
-        SearchConfig(objective="accuracy_at_cost")
 
 
 def test_seconds_left() -> None:
