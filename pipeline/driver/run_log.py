@@ -25,6 +25,7 @@ from pipeline.tracking.provenance import EnergyMeter, cluster_hardware, collect_
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.worker import EpochEnded
+from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.task import Stopped
 
 FLUSH_SECONDS, FLUSH_SECONDS_OF_A_STOP = 60.0, 10.0
@@ -42,7 +43,7 @@ class RunLog:
         say: Prints a line for a person who waits.
 
     Raises:
-        ValueError: if the experiment was deleted.
+        ValueError: if the experiment was deleted, or the server refuses the login.
     """
 
     def __init__(
@@ -146,12 +147,16 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends the parent run, and what is open below it, by how the block ended; waits a while until all is sent."""
+        """Ends the parent run, and what is open below it, by how the block ended; waits a while until all is sent.
+
+        After `LeaseLost` the runs are those of another driver, which may have ended them: nothing more is recorded.
+        """
         stopped = kind is not None and issubclass(kind, (Stopped, KeyboardInterrupt))
         status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
-        if self._energy.kwh is not None:
+        lost = kind is not None and issubclass(kind, LeaseLost)
+        if self._energy.kwh is not None and not lost:
             self._record(metrics={"host_kwh": self._energy.kwh})
-        for run in (*reversed(self._open_runs), ""):
+        for run in () if lost else (*reversed(self._open_runs), ""):
             self._record(run, status=status)
         self.unsent = flush(self._sender, self._say, FLUSH_SECONDS_OF_A_STOP if stopped else FLUSH_SECONDS)
 
@@ -182,7 +187,7 @@ def open_sender(config: PipelineConfig, identity: str, preset: str) -> Sender:
     """The sender of a run's entries, also of those that an earlier driver has left.
 
     Raises:
-        ValueError: if the experiment was deleted.
+        ValueError: if the experiment was deleted, or the server refuses the login.
     """
 
     def open_tracker() -> Tracker:

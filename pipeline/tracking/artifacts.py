@@ -114,7 +114,7 @@ def check_artifacts(tracking_uri: str, experiment: str, artifact_location: str |
     A tracking server that does not answer is not the matter of this check.
 
     Raises:
-        ValueError: if it takes none; names its location and the remedy.
+        ValueError: if it takes none, or if the server refuses the login; names the location and the remedy.
     """
     try:
         tracker = Tracker(tracking_uri, experiment, artifact_location)

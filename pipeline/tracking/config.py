@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pipeline.fields import require
 
 TRACKING_STORES = re.compile(r"https?://.+|databricks(-uc)?(://.+)?|sqlite:///.+|(postgresql|mysql|mssql)(\+\w+)?://.+")
+LOGIN_REMEDY = (
+    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to a login that it accepts"
+)
 STORE_REMEDY = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
 # MLflow looks names up by filters in which they stand in single quotes, and other letters end the filter.
 _NAME = re.compile(r"\w[^/:'\"`\\\x00-\x1f]*")

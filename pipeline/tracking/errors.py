@@ -7,11 +7,16 @@ from typing import TypeVar
 
 from mlflow import MlflowException
 
+from pipeline.masking import mask
+from pipeline.tracking.config import LOGIN_REMEDY
+
 TrackingError = MlflowException  # so that other packages need not import MLflow
 T = TypeVar("T")
 RETRY_SECONDS = 2.0
 # Error codes of MLflow that the same call will always get.
 REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
+# Those of HTTP's 401 and 403.
+LOGIN_REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 # Of SQLAlchemy, SQLite, PostgreSQL, MySQL and SQL Server.
 CONFLICT = re.compile(
     r"expected to update \d+ row|UNIQUE constraint failed|duplicate key value|Duplicate entry"
@@ -24,10 +29,27 @@ class TrackingUnavailable(RuntimeError):
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request."""
+    """Whether the same call may succeed later: the store did not answer or failed, but did not refuse the request.
+
+    So it is with a login that is refused: nothing is wrong with what was to be recorded. Where nobody can give another
+    login meanwhile, `check_login` ends the attempts.
+    """
     if isinstance(error, TrackingError):
         return error.error_code not in REFUSALS
     return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
+
+
+def check_login(error: Exception, uri: str) -> None:
+    """Call this with an error of the store at `uri` before the same call is tried again.
+
+    Raises:
+        ValueError: if the server refuses the login; has the remedy, and no secret.
+    """
+    if isinstance(error, TrackingError) and error.error_code in LOGIN_REFUSALS:
+        said = " ".join(str(error).split())[:400]
+        raise ValueError(
+            mask(f"tracking.uri = {uri}: the server refuses the login, or its rights ({said}): {LOGIN_REMEDY}")
+        ) from error
 
 
 def is_conflict(error: Exception) -> bool:
@@ -53,6 +75,7 @@ def retry_transient(call: Callable[[], T], uri: str, seconds: float) -> T:
 
     Raises:
         TrackingUnavailable: If the store has not answered by then.
+        ValueError: If it refuses the login, at once: this process will have no other one.
         Exception: Any other error of `call`, at once; a conflict that lasts.
     """
     end = time.monotonic() + seconds
@@ -60,6 +83,7 @@ def retry_transient(call: Callable[[], T], uri: str, seconds: float) -> T:
         try:
             return call()
         except Exception as error:
+            check_login(error, uri)
             late = time.monotonic() > end
             if not is_transient(error) and (late or not is_conflict(error)):
                 raise

@@ -9,6 +9,7 @@ it is lost when the driver is killed, and a batch whose request fails is dropped
 """
 
 import json
+import re
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +20,8 @@ from pipeline.masking import mask
 from pipeline.storage import Storage
 
 FOLDER, REFUSED = "tracking", "refused"
+# Other files may lie beside the records: a process that is killed while it writes one leaves a temporary file.
+_NAME = re.compile(r"\d+\.json")
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,17 @@ class Outbox:
         self._storage, self._folder = storage, Storage.join(FOLDER, identity)
         self._waiting: deque[tuple[str, Record]] = deque()
         self._unwritten: set[str] = set()
-        names = [name for name in storage.list(self._folder) if name.endswith(".json")]
-        numbers = [int(name.removesuffix(".json")) for name in (*names, *storage.list(f"{self._folder}/{REFUSED}"))]
+        self._unreadable = 0
+        names = _records(storage, self._folder)
+        known = (*names, *_records(storage, Storage.join(self._folder, REFUSED)))
+        numbers = [int(name.removesuffix(".json")) for name in known]
         self._next = max(numbers, default=-1) + 1
         for name in names:
             try:
                 values = storage.read_json(self._path(name))
                 self._waiting.append((name, Record(**values | {"history": tuple(values["history"])})))
             except (ValueError, TypeError, KeyError):  # a host that crashed may leave a truncated file
+                self._unreadable += 1
                 self._set_aside(name, storage.read_bytes(self._path(name)))
 
     def __len__(self) -> int:
@@ -82,6 +88,11 @@ class Outbox:
     def unwritten(self) -> int:
         """Number of waiting records that are in memory only, because writing them failed."""
         return len(self._unwritten)
+
+    @property
+    def unreadable(self) -> int:
+        """Number of records of an earlier driver that could not be read, and were set aside."""
+        return self._unreadable
 
     def record(self, record: Record) -> None:
         """Adds a record. It is on disk on return; if writing fails, it is kept in memory and the run goes on."""
@@ -128,7 +139,8 @@ class Unsent:
         unwritten: How many of these are not on disk, and are lost.
         refused: Number of records that the server refused.
         path: Folder of the outbox.
-        reason: The last error.
+        reason: The last error; empty if there was none.
+        unreadable: Number of records of an earlier driver that could not be read.
     """
 
     waiting: int
@@ -136,6 +148,7 @@ class Unsent:
     refused: int
     path: str
     reason: str
+    unreadable: int = 0
 
     def __str__(self) -> str:
         parts = []
@@ -148,9 +161,19 @@ class Unsent:
             parts.append(f"{self.unwritten} of them could not be written there and are lost")
         if self.refused:
             parts.append(f"the tracking server refused {self.refused} records; they lie in {self.path}/{REFUSED}")
-        return mask(f"{'; '.join(parts)} ({self.reason})")
+        if self.unreadable:
+            parts.append(
+                f"{self.unreadable} records that an earlier driver had left could not be read, as after a crash of its "
+                f"host; what is left of them lies in {self.path}/{REFUSED}"
+            )
+        return mask("; ".join(parts) + (f" ({self.reason})" if self.reason else ""))
 
 
 def has_waiting(storage: Storage, identity: str) -> bool:
     """Whether an earlier driver of this run left records to send."""
-    return any(name.endswith(".json") for name in storage.list(Storage.join(FOLDER, identity)))
+    return bool(_records(storage, Storage.join(FOLDER, identity)))
+
+
+def _records(storage: Storage, folder: str) -> list[str]:
+    """Names of the files of records in a folder, oldest first."""
+    return [name for name in storage.list(folder) if _NAME.fullmatch(name)]

@@ -62,14 +62,15 @@ class Sender:
             self._changed.notify()
 
     def close(self, timeout: float) -> Unsent | None:
-        """Waits at most `timeout` seconds until all records are sent; returns what is left, or None."""
+        """Waits at most `timeout` seconds until all records are sent; returns what the server lacks, or None."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout)
         with self._changed:
-            unsent = Unsent(len(self._outbox), self._outbox.unwritten, self._refused, self._outbox.path, self._reason)
-        return unsent if unsent.waiting or unsent.refused else None
+            box = self._outbox
+            unsent = Unsent(len(box), box.unwritten, self._refused, box.path, self._reason, box.unreadable)
+        return unsent if unsent.waiting or unsent.refused or unsent.unreadable else None
 
     def _work(self) -> None:
         wait, refused = FIRST_WAIT, False

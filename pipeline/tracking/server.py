@@ -14,10 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.contact import check_path
+from pipeline.tracking.config import LOGIN_REMEDY
 
 ANSWER_SECONDS = 1.5
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 """Those of databases whose URI has none."""
+_LONGEST_START = 1000
+"""Characters of an answer from which its kind is seen."""
 REMEDY = "start one (`mlflow server`), or leave the option out to record in the storage folder"
 
 
@@ -27,8 +30,8 @@ def check_server(tracking_uri: str) -> None:
     MLflow's own client would retry an absent server for minutes.
 
     Raises:
-        ValueError: If no MLflow server answers within `ANSWER_SECONDS`, if it refuses the login of the URI, or if the
-            database or its driver is not there.
+        ValueError: If no MLflow server answers within `ANSWER_SECONDS`, if it refuses the login of the URI, if what
+            answers is another program, or if the database or its driver is not there.
     """
     if not tracking_uri.startswith(("http://", "https://")):
         if tracking_uri.startswith("databricks"):
@@ -38,17 +41,25 @@ def check_server(tracking_uri: str) -> None:
         return
     try:
         request, has_login = _request(tracking_uri)
-        urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=_tls()).close()
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=_tls()) as response:
+            answer, place = response.read(_LONGEST_START).decode(errors="replace").strip(), response.url
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
             if not has_login:
-                return  # it asks for a login, which MLflow's client may have from elsewhere
+                return  # it asks for a login, which MLflow's client may have from elsewhere: `Tracker` finds out
             raise ValueError(
-                f"tracking.uri = {tracking_uri}: the server refuses the login ({error}): give another one, or set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                f"tracking.uri = {tracking_uri}: the server refuses the login ({error}): give another one, or "
+                f"{LOGIN_REMEDY}"
             ) from error
         remedy = f"{_proxy_to_leave_out(tracking_uri)}{REMEDY}"
         raise ValueError(f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): {remedy}") from error
+    if not answer.startswith("{"):  # an MLflow server answers with a JSON object
+        what = "a web page, such as a form for a login" if answer.startswith("<") else "no JSON"
+        raise ValueError(
+            f"tracking.uri = {tracking_uri}: no MLflow server answers, for {urlsplit(place).netloc.rpartition('@')[2]} "
+            f"has sent {what}: give the address at which programs, not browsers, reach the server, with a login if it "
+            f"wants one; or {_proxy_to_leave_out(tracking_uri)}{REMEDY}"
+        )
 
 
 def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:

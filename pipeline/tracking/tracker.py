@@ -18,11 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from pipeline.tracking.config import STORE_REMEDY, TRACKING_STORES
-from pipeline.tracking.errors import TrackingError, TrackingUnavailable
+from pipeline.tracking.errors import TrackingError, TrackingUnavailable, check_login
 
 IDENTITY_TAG = "pipeline.identity"
 # MLflow reads these from the environment only, at each call. Values that the user has set take precedence.
@@ -59,7 +59,7 @@ class Tracker:
             always give one: MLflow's default is a folder in the working directory.
 
     Raises:
-        ValueError: If the experiment was deleted.
+        ValueError: If the experiment was deleted, or the login is refused.
         TrackingError: If the store does not answer.
     """
 
@@ -72,15 +72,11 @@ class Tracker:
             self._lock = database.with_name(f"{database.name}.lock")
         with self.exclusive():
             self.client = open_client(uri)
-            found = self.client.get_experiment_by_name(experiment)
-            if found is None:
-                try:
-                    self.client.create_experiment(experiment, artifact_location, tags=EXPERIMENT_TAGS)
-                except TrackingError as error:
-                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has just created it
-                        raise
-                found = self.client.get_experiment_by_name(experiment)
-        assert found is not None
+            try:
+                found = self._find_or_create(experiment, artifact_location)
+            except TrackingError as error:
+                check_login(error, uri)
+                raise
         if found.lifecycle_stage != "active":
             raise ValueError(
                 f"tracking.experiment = {experiment!r} was deleted from {uri}; choose another name or run "
@@ -92,6 +88,18 @@ class Tracker:
         self.experiment_id: str = found.experiment_id
         self.artifact_location: str = found.artifact_location
         self._steps: dict[tuple[str, str], set[int]] = {}
+
+    def _find_or_create(self, experiment: str, artifact_location: str | None) -> Experiment:
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None:
+            try:
+                self.client.create_experiment(experiment, artifact_location, tags=EXPERIMENT_TAGS)
+            except TrackingError as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another driver has just created it
+                    raise
+            found = self.client.get_experiment_by_name(experiment)
+        assert found is not None
+        return found
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

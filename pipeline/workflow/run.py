@@ -94,18 +94,30 @@ class Run(Generic[C]):
         Raises:
             ValueError: as `read_manifest`.
         """
+        manifest = self.written(task)
+        return manifest if manifest and task.is_current(self.config, manifest["output"]) else None
+
+    def written(self, task: Task[C]) -> Manifest | None:
+        """The manifest of a task, whatever configuration its output is for; None if there is none.
+
+        Raises:
+            ValueError: as `read_manifest`.
+        """
         path = self.manifest_path(task.name)
-        if not self.storage.exists(path):
-            return None
-        manifest = read_manifest(self.storage, path, task.name)
-        return manifest if task.is_current(self.config, manifest["output"]) else None
+        return read_manifest(self.storage, path, task.name) if self.storage.exists(path) else None
 
     def forget(self, names: Iterable[str]) -> None:
-        """Deletes the manifests of these tasks and the states that they left; the run gets a new identity."""
-        for name in names:
-            self.storage.delete(self.manifest_path(name))  # first: half of a tree is then no finished task
-            self.storage.delete(self.home(name))
+        """Deletes the manifests of these tasks and the states that they left; the run gets a new identity.
+
+        If the process is killed meanwhile, no task is left that follows from a forgotten one.
+        """
+        # First: with the old identity, a model that is trained anew would count as registered.
         self.storage.delete(self._identity_path)
+        wanted = set(names)
+        for task in reversed(self.tasks):  # what follows before that from which it follows
+            if task.name in wanted:
+                self.storage.delete(self.manifest_path(task.name))  # first: half of a tree is then no finished task
+                self.storage.delete(self.home(task.name))
 
     def identity(self) -> str:
         """Unique id of the run; made at the first call, and the same until a task of the run is forgotten."""

@@ -88,6 +88,7 @@ def run_tasks(
         Stopped: after a signal. A stoppable task has then saved a state from which it can continue.
     """
     done, identity, channel = run.done(), run.identity(), Channel()
+    stale = {task.name: old["attempt"] for task in run.tasks if task.name not in done and (old := run.written(task))}
     manifests = {task.name: done[task.name] for task in tasks if task.name in done}
     running: dict[ray.ObjectRef, Task[Any]] = {}
     waiting = [task for task in tasks if task.name not in manifests]
@@ -123,7 +124,7 @@ def run_tasks(
                     failure.__cause__ = error
                 continue
             fence()
-            manifests[task.name] = _commit(run, task, manifest, identity)
+            manifests[task.name] = _commit(run, task, manifest, identity, stale)
             for observer in observers:
                 observer.done(task.name, manifests[task.name])
     if failure is not None:
@@ -165,12 +166,23 @@ def _execute(
     }
 
 
-def _commit(run: Run[Any], task: Task[Any], manifest: Manifest, identity: str) -> Manifest:
+def _commit(run: Run[Any], task: Task[Any], manifest: Manifest, identity: str, stale: Mapping[str, str]) -> Manifest:
     """Commits the attempt of `manifest` and removes the other attempts of this run; returns the manifest that counts.
 
     That is another manifest where another run that shares this task was quicker. Its attempts are left alone.
+
+    Args:
+        stale: The attempts whose manifests were in storage when this driver began, by the names of their tasks, which
+            were not done all the same. They are those of no quicker run.
     """
-    if quicker := run.committed(task):
+    # Before the commit: if this driver is killed after it, they would count as made from the new output.
+    for other in run.tasks:
+        if other is not task and other.name in stale and other.name in run.following([task.name]):
+            old = run.written(other)
+            if old and old["attempt"] == stale[other.name]:
+                run.storage.delete(run.manifest_path(other.name))
+    quicker = run.committed(task)
+    if quicker and quicker["attempt"] != stale.get(task.name):
         manifest = quicker
     else:
         run.storage.write_json(run.manifest_path(task.name), manifest)

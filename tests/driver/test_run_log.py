@@ -1,6 +1,9 @@
 """The events of a run that are recorded, in a real SQLite store."""
 
+import http.server
 import json
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +12,21 @@ from mlflow import MlflowClient
 
 from pipeline.driver import run_log
 from pipeline.driver.run_log import RunLog
+from pipeline.settings.config import PipelineConfig
 from pipeline.settings.presets import quickstart
+from pipeline.storage import Storage
+from pipeline.tracking.outbox import has_waiting
 from pipeline.training.worker import EpochEnded, StepProgress
+from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.task import Stopped
+
+
+def statuses(config: PipelineConfig) -> dict[str | None, str]:
+    """Status of each run of the experiment, by its name."""
+    client = MlflowClient(config.tracking_uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    return {run.info.run_name: run.info.status for run in client.search_runs([experiment.experiment_id])}
 
 
 def test_epochs_are_recorded_and_steps_are_not(tmp_path: Path) -> None:
@@ -53,3 +68,44 @@ def test_what_a_dead_server_would_get_waits_on_disk(tmp_path: Path, monkeypatch:
     assert cost == pytest.approx(0.02)
     timestamps = [row["timestamp"] for entry in entries for row in entry["history"] if "timestamp" in row]
     assert timestamps, "the time of an epoch is when it ended, not when the server was back"
+
+
+def test_a_driver_that_has_lost_the_run_leaves_the_status_of_its_successor(tmp_path: Path) -> None:
+    config = replace(quickstart(), storage=str(tmp_path))
+    suspended = RunLog(config, "identity", "quickstart")
+    suspended.started("train")
+    deadline = time.monotonic() + 60
+    while has_waiting(Storage(str(tmp_path)), "identity"):  # it has told the server all, and is suspended
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with RunLog(config, "identity", "quickstart") as successor:
+        successor.started("train")
+        successor.reported(EpochEnded({"epoch": 1, "loss": 2.0}))
+    ended = {"quickstart": "FINISHED", "train": "FINISHED"}
+    assert statuses(config) == ended
+    suspended.reported(EpochEnded({"epoch": 2, "loss": 1.0}))
+    with pytest.raises(LeaseLost), suspended:
+        raise LeaseLost("another driver works at this run")
+    assert suspended.unsent is None
+    assert statuses(config) == ended
+
+
+def test_a_login_that_is_refused_ends_the_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheimnis")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        config = replace(quickstart(), storage=str(tmp_path))
+        config = replace(config, tracking=replace(config.tracking, uri=uri))
+        with pytest.raises(ValueError, match=rf"{uri}: the server refuses the login.*403.*: set MLFLOW_TRACKING_USER"):
+            RunLog(config, "identity", "quickstart")
+        server.shutdown()

@@ -1,7 +1,5 @@
 """Records on disk reach a real store once and in order, whatever happens to the server or to the driver."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -242,24 +240,6 @@ def test_a_record_of_an_earlier_version_is_sent(tmp_path: Path) -> None:
     assert run_id is not None
     assert tracker.client.get_run(run_id).data.tags["task.key"] == "abc"
     assert not has_waiting(storage, "earlier")
-
-
-def test_a_truncated_record_does_not_block_the_others(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    outbox = Outbox(storage, "torn")
-    for number in (1, 2, 3):
-        outbox.record(epoch(number))
-    path = tmp_path / "tracking" / "torn" / "000000001.json"
-    path.write_text(path.read_text()[:40])
-    again = Outbox(storage, "torn")
-    assert len(again) == 2
-    again.record(epoch(4))
-    steps = []
-    while (record := again.first()) is not None:
-        steps.append(record.history[0]["epoch"])
-        again.remove_first()
-    assert steps == [1, 3, 4]
-    assert len(json.dumps(os.listdir(tmp_path / "tracking" / "torn" / "refused"))) > 2
 
 
 def test_a_full_disk_does_not_end_the_run(small_disk: Path, tmp_path: Path) -> None:

@@ -6,20 +6,25 @@ import http.server
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.registry.fetch import resolve
+from pipeline.storage import Storage
+from pipeline.tracking.artifacts import check_artifacts
+from pipeline.tracking.errors import retry_transient
+from pipeline.tracking.outbox import Record
+from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import check_server, has_database
-from pipeline.tracking.tracker import open_client
+from pipeline.tracking.tracker import Tracker, open_client
 
 LOGIN = "us er:p@ss"
 
 
 @contextlib.contextmanager
-def tracking_server(login: str | None) -> Iterator[str]:
+def tracking_server(login: str | None, answer: bytes = b'{"experiments": []}') -> Iterator[str]:
     """Host and port of a server that answers the one request, to whoever has the login."""
     expected = login and f"Basic {base64.b64encode(login.encode()).decode()}"
 
@@ -29,6 +34,7 @@ def tracking_server(login: str | None) -> Iterator[str]:
             wanted = self.path == "/mlflow/api/2.0/mlflow/experiments/search?max_results=1"
             self.send_response(401 if not right else 200 if wanted else 404)
             self.end_headers()
+            self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -49,6 +55,55 @@ def test_a_login_in_the_address_is_sent_as_mlflow_does() -> None:
         check_server(f"http://user:unasked@{host}/mlflow")
         with pytest.raises(ValueError, match=r"no MLflow server answers .*404"):
             check_server(f"http://{host}")
+
+
+@pytest.fixture
+def wrong_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "geheimnis")
+
+
+@pytest.mark.usefixtures("wrong_login")
+def test_a_wrong_login_from_the_variables_is_refused_at_once() -> None:
+    start = time.monotonic()
+    # As `mlflow server --app-name basic-auth` says it; here with what was sent.
+    with tracking_server(LOGIN, b"You are not authenticated as user:geheimnis.") as host:
+        uri = f"http://other:zweites@{host}/mlflow"
+        calls: tuple[Callable[[], object], ...] = (
+            lambda: check_artifacts(f"http://{host}/mlflow", "e", None),
+            lambda: retry_transient(lambda: Tracker(f"http://{host}/mlflow", "e"), f"http://{host}/mlflow", 600),
+            lambda: retry_transient(lambda: open_client(uri).get_registered_model("m"), uri, 600),
+        )
+        for call in calls:
+            with pytest.raises(
+                ValueError, match=r"tracking.uri = .* refuses the login.*401.*authenticated.*MLFLOW_TRACKING_USERNAME"
+            ) as raised:
+                call()
+            assert "geheimnis" not in str(raised.value)
+            assert "zweites" not in str(raised.value)
+    assert time.monotonic() - start < 10
+
+
+def test_a_login_that_is_refused_is_no_reason_to_set_records_aside(tmp_path: Path) -> None:
+    """They can be sent with the next one."""
+    with tracking_server(LOGIN, b"You are not authenticated.") as host:
+        sender = Sender(lambda: Tracker(f"http://{host}/mlflow", "e"), Storage(str(tmp_path)), "login", "e")
+        sender.record(Record("train", metrics={"loss": 1.0}))
+        unsent = sender.close(2)
+    assert unsent is not None
+    assert (unsent.waiting, unsent.refused) == (1, 0)
+    assert "the server refuses the login" in str(unsent)
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"), [(b"\n<!doctype html><p>Please log in", "a web page, such as a form"), (b"", "no JSON")]
+)
+def test_what_answers_but_is_no_server_of_mlflow_is_refused(answer: bytes, what: str) -> None:
+    with (
+        tracking_server(None, answer) as host,
+        pytest.raises(ValueError, match=rf"no MLflow server answers, for {host} has sent {what}.*: give the address"),
+    ):
+        check_server(f"http://user:geheimnis@{host}/mlflow")
 
 
 def test_a_server_that_a_proxy_hides_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -15,6 +16,7 @@ from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
 from pipeline.tasks.graph import TASKS
 from pipeline.workflow.run import Run
+from pipeline.workflow.runner import StopOnSignal, run_tasks
 from pipeline.workflow.task import Context, Task
 
 # Ray's workers cannot import the modules of tests.
@@ -117,9 +119,9 @@ def test_what_is_forgotten_runs_again_with_all_that_follows(shop: Workshop) -> N
     shop.plan(tasks, changed("data", seed=1)).forget(["c"])  # never done with these settings: no error
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_output_that_is_not_current_is_made_again(shop: Workshop) -> None:
-    tasks = [
+def of_an_alias(shop: Workshop) -> list[Task]:
+    """Tasks of which b is current for one alias only; c has what b made of it."""
+    return [
         shop.task("a"),
         shop.task(
             "b",
@@ -129,10 +131,63 @@ def test_an_output_that_is_not_current_is_made_again(shop: Workshop) -> None:
         ),
         shop.task("c", "b"),
     ]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_output_that_is_not_current_is_made_again_with_all_that_follows(shop: Workshop) -> None:
+    tasks = of_an_alias(shop)
     shop.run(tasks)
     other = changed("tracking", alias="other")
     assert set(shop.plan(tasks, other).done()) == {"a"}
-    manifest = shop.run(tasks, other)["b"]
-    assert manifest["output"]["result"] == "other"
+    manifests = shop.run(tasks, other)
+    assert manifests["b"]["output"]["result"] == "other"
+    assert manifests["c"]["output"]["from"] == {"b": "other"}
     assert shop.executions("a", "b", "c") == [1, 2, 2]
-    assert shop.storage.list(f"tasks/b/{manifest['key']}") == ["manifest.json"]
+    for name in "bc":
+        assert shop.storage.list(f"tasks/{name}/{manifests[name]['key']}") == ["manifest.json"]
+    assert shop.plan(tasks, other).done() == manifests
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_follows_from_a_new_output_is_not_done_if_the_driver_ends_before_it(shop: Workshop) -> None:
+    tasks = of_an_alias(shop)
+    shop.run(tasks)
+    other = changed("tracking", alias="other")
+    run_tasks(shop.plan(tasks, other), tasks[:2], StopOnSignal(), [])  # as a driver that is killed after b
+    assert set(shop.plan(tasks, other).done()) == {"a", "b"}
+    assert shop.run(tasks, other)["c"]["output"]["from"] == {"b": "other"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_nothing_is_left_that_follows_from_what_was_forgotten(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [shop.task("a", keeps_state=True), shop.task("b", "a"), shop.task("c", "b")]
+    plan = shop.plan(tasks)
+    identity, delete = plan.identity(), Storage.delete
+    for deletions in (1, 2, 4, 6):
+        shop.run(tasks)
+        deleted: list[str] = []
+
+        def delete_some(storage: Storage, path: str, deleted: list[str] = deleted, most: int = deletions) -> None:
+            if len(deleted) == most:
+                raise KeyboardInterrupt  # the process is killed here
+            deleted.append(path)
+            delete(storage, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "delete", delete_some)
+            with suppress(KeyboardInterrupt):
+                plan.forget({"c", "a", "b"})
+        left = {task.name for task in tasks if plan.written(task)}
+        assert left == set(plan.done()) == set("abc"[: 3 - deletions // 2]), deleted
+        assert plan.identity() != identity
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_an_interrupted_force_of_an_earlier_version_left_does_not_count(shop: Workshop) -> None:
+    tasks = [shop.task("a"), shop.task("b", "a", work=lambda context: context.out), shop.task("c", "b")]
+    first = shop.run(tasks)
+    shop.storage.delete(shop.plan(tasks).manifest_path("b"))  # killed before it came to c
+    second = shop.run(tasks)
+    assert second["b"]["output"] != first["b"]["output"]
+    assert second["c"]["output"]["from"] == {"b": second["b"]["output"]["result"]}
+    assert shop.plan(tasks).done() == second

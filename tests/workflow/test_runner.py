@@ -15,7 +15,7 @@ from workshop import PATIENCE, Workshop, chain, wait_for, wait_until
 
 from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.runner import StopOnSignal, run_tasks
-from pipeline.workflow.task import Context, Manifest, TaskFailed
+from pipeline.workflow.task import Context, Manifest, Task, TaskFailed
 
 # Ray's workers cannot import the modules of tests.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -123,17 +123,33 @@ def test_what_an_orphan_leaves_counts_for_nothing_and_harms_nobody(shop: Worksho
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_of_two_runs_with_a_task_in_common_the_quicker_one_commits(shop: Workshop) -> None:
-    ours, theirs = shop.task("a", work=lambda context: "ours"), shop.task("a", work=lambda context: "theirs")
+@pytest.mark.parametrize("has_stale_output", [False, True])
+def test_of_two_runs_with_a_task_in_common_the_quicker_one_commits(shop: Workshop, has_stale_output: bool) -> None:
+    def task(result: str) -> Task:
+        return shop.task("a", work=lambda context: result, is_current=lambda config, output: output["result"] != "old")
 
     def meanwhile() -> None:
         theirs_done.update(run_tasks(shop.plan([theirs, shop.task("b")]), [theirs], StopOnSignal(), []))
 
+    ours, theirs = task("ours"), task("theirs")
+    if has_stale_output:
+        shop.run([task("old")])
     theirs_done: dict[str, Manifest] = {}
     ours_done = run_tasks(shop.plan([ours, shop.task("c")]), [ours], StopOnSignal(), [], meanwhile)
     assert ours_done == theirs_done == shop.plan([ours]).done()
     assert ours_done["a"]["output"]["result"] == "theirs"
     assert shop.storage.list(f"tasks/a/{ours_done['a']['key']}") == ["manifest.json"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_old_output_that_comes_to_count_again_is_that_of_no_quicker_run(shop: Workshop) -> None:
+    """As a registry that said that a version is deleted, and does not answer when the next one is committed."""
+    silent = shop.folder / "silent"
+    tasks = [shop.task("a", work=lambda context: context.out, is_current=lambda config, output: silent.exists())]
+    old = shop.run(tasks)["a"]
+    new = run_tasks(shop.plan(tasks), tasks, StopOnSignal(), [], silent.touch)["a"]
+    assert new["output"] != old["output"]
+    assert shop.plan(tasks).done() == {"a": new}
 
 
 @pytest.mark.usefixtures("ray_cluster")
