@@ -15,7 +15,7 @@ from .data import Share, rows_of
 from .exchange import messages_of_all_workers, of_all_workers
 from .few_rows import first_rows, take, uneven_parts
 from .guard import rank_of
-from .keras_internals import replaced
+from .keras_internals import plain_variables, replaced
 from .metrics import Logs
 from .one_replica import OneReplica
 from .precision import computing_in_float64, computing_in_the_type_of_variables, in_float64, rounded_otherwise
@@ -66,6 +66,7 @@ class FirstStep:
     def __init__(self, model: keras.Model, replica: OneReplica, logs: Logs, compares: bool) -> None:
         self.model, self.replica, self.logs, self.compares = model, replica, logs, compares
         self._rank = rank_of(replica.strategy)
+        self._starts: dict[int, tf.Tensor] = {}
 
     @property
     def is_needed(self) -> bool:
@@ -88,6 +89,7 @@ class FirstStep:
         first = min(start, total - 1)
         own = slice(first, max(start + parts[self._rank], first + 1))
         rows = _Rows(step, data, parts, own, parts[self._rank])
+        self._starts = self._starts_of_metrics()
         alone = self._alone(rows)
         if not self.compares:
             return
@@ -125,6 +127,9 @@ class FirstStep:
         """What one process finds; as one of the `trial`s, if its weights and data are rounded otherwise."""
         data = rows.data
         with self._undone():
+            for variable in self._of_metrics():
+                if id(variable) in self._starts:
+                    self._local(variable.value).assign(self._starts[id(variable)])
             if trial is not None:
                 data = tf.nest.map_structure(lambda value: _moved(value, trial), data)
                 for variable in self.model.trainable_variables:
@@ -138,6 +143,14 @@ class FirstStep:
             return self._found(
                 rows.step, take(rows.data, rows.own), rows.number, rows.total, alone=False, float64=float64
             )
+
+    def _starts_of_metrics(self) -> dict[int, tf.Tensor]:
+        """What one process has in the metrics' variables after `reset_state`, by the variables' ids.
+
+        TensorFlow gives each worker its part of the value that is assigned. All workers call this, as it adds them up.
+        """
+        with self._undone():
+            return {id(variable): tf.convert_to_tensor(variable.value) for variable in self._of_metrics()}
 
     def _local(self, value: Any) -> Any:
         return self.replica.strategy.experimental_local_results(value)[0]
@@ -157,7 +170,7 @@ class FirstStep:
             try:
                 logs = replica.strategy.run(self._logs_step, args=(step, share))
                 gradients = [(name, self._local(value)) for name, value in replica.recorded]
-                metrics = {id(variable) for metric in self.model.metrics for variable in metric.variables}
+                metrics = {id(variable) for variable in self._of_metrics()}
                 changed = {
                     f"variable {variable.path}": _number(self._local(variable.value))
                     for variable in self._variables()
@@ -175,28 +188,29 @@ class FirstStep:
 
     def _logs_step(self, step: Step, share: Share) -> dict[str, tf.Tensor]:
         logs = self.logs.over_replicas(*step(share))
-        variables = [variable for metric in self.model.metrics for variable in metric.variables]
+        variables = self._of_metrics()
         states = [tf.cast(variable.value, tf.float64) for variable in variables]
         if not states:
             return logs
         sums = unpacked(self.replica.sum(packed(states, tf.float64)), states)
         return logs | {f"{variable.path} (state)": value for variable, value in zip(variables, sums, strict=True)}
 
+    def _of_metrics(self) -> list[keras.Variable]:
+        return [variable for metric in self.model.metrics for variable in metric.variables]
+
     def _variables(self) -> list[keras.Variable]:
-        of_metrics = [variable for metric in self.model.metrics for variable in metric.variables]
-        return list({id(variable): variable for variable in [*self.model.variables, *of_metrics]}.values())
+        return list({id(variable): variable for variable in [*self.model.variables, *self._of_metrics()]}.values())
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """Gives all variables their values back that they have at the beginning; metrics start at zero in between."""
+        """Gives all variables their values back that they have at the beginning; metrics are reset in between."""
         known = self._variables()
         # The variables of this process, without an exchange with other workers.
         local = [self._local(variable.value) for variable in known] + [self.logs.read]
+        local += [self._local(variable) for variable in plain_variables(self.model)]
         values = [tf.convert_to_tensor(variable) for variable in local]
         for metric in self.model.metrics:
-            for variable in metric.variables:
-                own = self._local(variable.value)
-                own.assign(tf.zeros_like(own))
+            metric.reset_state()
         try:
             yield
         finally:

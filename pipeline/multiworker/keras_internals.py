@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common import masking as keras_masking
 from keras.src.backend.tensorflow import nn as keras_nn
 from keras.src.backend.tensorflow import optimizer as keras_optimizer
 from keras.src.backend.tensorflow import random as keras_random
@@ -28,6 +29,7 @@ Optimizer = keras_optimizer.TFOptimizer
 BaseOptimizer = base_optimizer.BaseOptimizer
 CompileMetrics = compile_utils.CompileMetrics
 loss_module, nn_module, random_module = keras_loss, keras_nn, keras_random
+get_keras_mask, set_keras_mask = keras_masking.get_keras_mask, keras_masking.set_keras_mask
 tf_random_module, tf_context, tf_values_module = tf_random, tf_eager, tf_values
 
 # Functions and methods that are overridden or called: their owner, and their parameters in the version that this
@@ -60,6 +62,11 @@ PRIVATE_NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "unscale_loss_for_distribution": (keras_loss, ("value",)),
     # Rescales the loss by the share of valid entries among the rows of one worker.
     "apply_mask": (keras_loss, ("sample_weight", "mask", "dtype", "reduction")),
+    # The mask that a tensor has as an attribute, which it loses where it leaves a function.
+    "get_keras_mask": (keras_masking, ("x",)),
+    "set_keras_mask": (keras_masking, ("x", "mask")),
+    # Passes `training` to a `compute_loss` that takes it.
+    "_compute_loss": (Trainer, ("self", "x", "y", "y_pred", "sample_weight", "training")),
     # The moments of BatchNormalization.
     "_moments": (keras.layers.BatchNormalization, ("self", "inputs", "mask")),
     "_compute_moments_sync": (keras_nn, ("x", "axes", "keepdims")),
@@ -123,6 +130,18 @@ def collectives_that_are_repeated() -> Iterator[None]:
     launcher = cross_device_utils.CollectiveReplicaLauncher
     with replaced(launcher, "_use_unique_instance_key", lambda self: False):
         yield
+
+
+def plain_variables(model: keras.Model) -> list[tf.Variable]:
+    """The variables of TensorFlow that are attributes of a model or of its layers, which Keras does not track."""
+    found = {
+        id(inner): inner
+        for layer in model._flatten_layers()
+        for value in vars(layer).values()
+        for inner in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(inner, tf.Variable)
+    }
+    return list(found.values())
 
 
 def owner_of(cls: type, name: str) -> Any:

@@ -19,6 +19,8 @@ DIFFERENT_BATCHES = (
     "same seed on every worker, give tf.data's shuffle a seed, and do not shard the data. Data of which every worker "
     "has only its own rows, such as ds.shard(...) or Ray's to_tf, is passed as multiworker.distribute(ds, strategy)"
 )
+# Operations that call a function of TensorFlow, into which a graph gives no sight.
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall", "If", "StatelessIf", "While", "StatelessWhile", "Case")
 
 
 class Logs:
@@ -52,6 +54,14 @@ class Logs:
         self._metric_of = {
             name: (metric, part) for name, value in logs.items() for result, metric, part in results if result is value
         }
+        for name, value in logs.items():
+            if name not in self._metric_of and _follows_from(value, [result for result, *_ in results]):
+                self.replica.refusals.append(
+                    f"the log {name!r} is computed from the result of a metric, which a worker has for its own rows of "
+                    "all batches until now, so that the mean over the workers would be another number: return the "
+                    "result itself, from a step without a tf.function of its own, let the `result` of a metric of your "
+                    "own compute the number, or compute it in a callback"
+                )
         for variable, value in zip(variables, before, strict=False):  # empty if there are rows
             variable.assign(tf.where(rows > 0, variable.value, value))
 
@@ -126,6 +136,25 @@ def flat(logs: dict[str, Any]) -> dict[str, Any]:
         for name, value in logs.items()
         for inner, item in (value if isinstance(value, dict) else {name: value}).items()
     }
+
+
+def _follows_from(value: Any, results: list[Any]) -> bool:
+    """Whether a log of a step that is being traced is computed from results of metrics; False if it is not traced."""
+    graph = getattr(value, "graph", None)
+    if graph is None:
+        return False
+    traced = [result for result in results if isinstance(result, tf.Tensor) and hasattr(result, "graph")]
+    names = {result.name for result in traced if result.graph is graph}
+    within_calls = len(names) < len({(id(result.graph), result.name) for result in traced})
+    waiting, seen = [value], set()
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name in names or (within_calls and tensor.op.type in _CALLS):
+            return True
+        if tensor.op.name not in seen:
+            seen.add(tensor.op.name)
+            waiting.extend(tensor.op.inputs)
+    return False
 
 
 def _noting(metric: keras.Metric, result: Callable[[], Any], results: list[Any]) -> Callable[[], Any]:

@@ -25,6 +25,7 @@ Note = Callable[[str, Any], Any]
 
 # Loss reductions that are means over the rows of a batch. Only for these is it correct to weight workers by their rows.
 MEANS = ("sum_over_batch_size", "mean")
+WITHIN_XLA = "communicates within the forward pass, which XLA cannot on every device: compile with jit_compile=False"
 # Odd and large, so that generators with neighbouring seeds do not draw each other's numbers on other workers.
 SEED_STRIDE = 0x9E3779B1
 
@@ -204,18 +205,22 @@ class OneReplica:
         return update
 
     def _masking(self, apply_mask: Callable[..., Any]) -> Callable[..., Any]:
-        """Rescales a masked mean by the share of valid entries among the rows of all replicas."""
+        """Rescales a masked mean by the valid entries in a row: those of this replica over those of all."""
 
         def apply(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
             weights = apply_mask(sample_weight, mask, dtype, reduction)
             own = self._of_replica
-            if mask is None or reduction not in MEANS or self.within_xla or getattr(own, "rows", None) is None:
+            if mask is None or reduction not in MEANS or getattr(own, "rows", None) is None:
                 return weights
-            counts = tf.stack([tf.cast(tf.size(mask), tf.float32), tf.reduce_sum(tf.cast(mask, tf.float32))])
-            counts_of_all = self.sum(tf.stop_gradient(tf.where(tf.cast(own.rows, tf.int32) > 0, counts, 0.0)))
-            here = tf.math.divide_no_nan(counts[0], counts[1])
-            of_all = tf.math.divide_no_nan(counts_of_all[0], counts_of_all[1])
-            return weights * tf.cast(tf.math.divide_no_nan(of_all, here), weights.dtype)
+            if self.within_xla:
+                self.refusals.append(f"a loss under a mask, or with ignore_class, {WITHIN_XLA}")
+                return weights
+            # By rows, as gradients are weighted: a row has more entries on a worker that pads to a greater length.
+            rows = tf.cast(own.rows, tf.float32)
+            here = tf.stop_gradient(tf.stack([rows, tf.reduce_sum(tf.cast(mask, tf.float32))]))
+            of_all = self.sum(tf.where(rows > 0, here, 0.0))
+            factor = tf.math.divide_no_nan(here[1] * of_all[0], here[0] * of_all[1])
+            return weights * tf.cast(factor, weights.dtype)
 
         return apply
 
@@ -250,10 +255,7 @@ class OneReplica:
         if getattr(self._of_replica, "rows", None) is None:
             return tf.nn.moments(x, axes, keepdims=keepdims)
         if self.within_xla:
-            self.refusals.append(
-                "BatchNormalization(synchronized=True) communicates within the forward pass, which XLA cannot on every "
-                "device: compile with jit_compile=False, or use another normalisation"
-            )
+            self.refusals.append(f"BatchNormalization(synchronized=True) {WITHIN_XLA}, or use another normalisation")
             return tf.nn.moments(x, axes, keepdims=keepdims)
         # Deviations from the mean of these rows, so that a variance that is small beside the square of the mean is as
         # exact as in one process; what is summed are a few numbers for each channel, in float64.

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from .data import rows_of
-from .keras_internals import replaced, tf_values_module
+from .keras_internals import get_keras_mask, replaced, set_keras_mask, tf_values_module
 from .one_replica import OneReplica
 
 
@@ -33,13 +33,17 @@ def xla_train_step(model: keras.Model, replica: OneReplica) -> Callable[[Any], d
     def forward_backward(x: Any, y: Any, sample_weight: Any) -> Any:
         with replaced(replica, "within_xla", True), tf.GradientTape() as tape:
             y_pred = model(x, training=True) if model._call_has_training_arg else model(x)
-            loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+            loss = model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
             scaled = model.optimizer.scale_loss(loss)
-        return y_pred, loss, tape.gradient(scaled, model.trainable_weights)
+        masks = [get_keras_mask(output) for output in tf.nest.flatten(y_pred)]
+        return y_pred, masks, loss, tape.gradient(scaled, model.trainable_weights)
 
     def train_step(data: Any) -> dict[str, tf.Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred, loss, gradients = forward_backward(x, y, sample_weight)
+        y_pred, masks, loss, gradients = forward_backward(x, y, sample_weight)
+        for output, mask in zip(tf.nest.flatten(y_pred), masks, strict=True):
+            if mask is not None:  # the metrics need it, and an output that leaves a function has lost it
+                set_keras_mask(output, mask)
         model._loss_tracker.update_state(loss, sample_weight=rows_of(x))
         with replaced(replica, "around_update", compiled_update):
             model.optimizer.apply_gradients(zip(gradients, model.trainable_weights, strict=True))

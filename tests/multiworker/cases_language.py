@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from case_registry import DIFFERS, Result, Worker, case, dataset, fitted
 from keras import layers, ops
 
@@ -65,3 +66,29 @@ def text_classification_with_a_mask(worker: Worker) -> Result:
     tokens, _ = tagged(7)
     model = worker.compiled(make, "binary_crossentropy", lambda: keras.optimizers.SGD(0.5), metrics=["accuracy"])
     return fitted(model, tokens, (tokens[:, :1] > 4).astype(np.float32), batch_size=8)
+
+
+@case()
+def padded_by_each_worker(worker: Worker) -> Result:
+    """`distribute` of batches that each worker pads to its own longest sentence, with a mask that reaches the loss"""
+
+    def make() -> keras.Model:
+        return keras.Sequential(
+            [layers.Input((None,), dtype="int32"), layers.Embedding(9, 8, mask_zero=True), layers.Dense(3)]
+        )
+
+    lengths = np.where(np.arange(32) % 8 < 4, 3, 12)  # the first half of a batch is short, the other long
+    lengths[:8] = 6  # but for the first batch, of which the check joins the workers' rows
+    sentences = [np.random.default_rng(number).integers(1, 9, length) for number, length in enumerate(lengths)]
+    own = np.array_split(np.arange(8), worker.num_workers)[worker.rank]
+
+    def words() -> Any:
+        for sentence in (sentences[start + row] for start in range(0, 32, 8) for row in own):
+            yield sentence, sentence % 3
+
+    of_words = tf.TensorSpec((None,), tf.int32)
+    data = tf.data.Dataset.from_generator(words, output_signature=(of_words, of_words)).padded_batch(len(own))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    batches = worker.distribute(data)
+    model = worker.compiled(make, loss, lambda: keras.optimizers.SGD(0.5))
+    return fitted(model, batches, validation_data=batches)

@@ -79,6 +79,56 @@ def metric_that_keeps_a_maximum(worker: Worker) -> Result:
     return fitted(worker.compiled(regressor, "mse", metrics=[metric]), X, T)
 
 
+@case(f"{DIFFERS}log lowest")
+def metric_that_keeps_a_minimum(worker: Worker) -> Result:
+    """a metric whose variable is the minimum over rows, from infinity on"""
+
+    class Lowest(keras.Metric):
+        def __init__(self) -> None:
+            super().__init__(name="lowest")
+            self.value = self.add_weight(shape=(), initializer=keras.initializers.Constant(np.inf), name="value")
+
+        def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+            self.value.assign(ops.minimum(self.value, ops.min(ops.abs(y_pred))))
+
+        def result(self) -> Any:
+            return self.value
+
+        def reset_state(self) -> None:
+            self.value.assign(np.inf)
+
+    with worker.strategy.scope():
+        metric = Lowest()
+    return fitted(worker.compiled(regressor, "mse", metrics=[metric]), X, T)
+
+
+@case()
+def metric_that_starts_at_one(worker: Worker) -> Result:
+    """a metric whose sums over rows start at one"""
+
+    class Smoothed(keras.Metric):
+        def __init__(self) -> None:
+            super().__init__(name="smoothed")
+            self.hits = self.add_weight(shape=(), initializer="ones", name="hits")
+            self.rows = self.add_weight(shape=(), initializer="ones", name="rows")
+
+        def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+            self.hits.assign_add(ops.sum(ops.cast(y_pred > y_true, "float32")))
+            self.rows.assign_add(ops.cast(ops.shape(y_pred)[0], "float32"))
+
+        def result(self) -> Any:
+            return self.hits / self.rows
+
+        def reset_state(self) -> None:
+            for variable in self.variables:
+                variable.assign(1.0)
+
+    with worker.strategy.scope():
+        metric = Smoothed()
+    model = worker.compiled(regressor, "mse", metrics=[metric])
+    return fitted(model, X, T, validation_data=(X[:37], T[:37]))
+
+
 @case(f"{DIFFERS}log f1_of_batch")
 def metric_function_over_the_batch(worker: Worker) -> Result:
     """a metric function that is not a mean over rows"""

@@ -188,6 +188,72 @@ def train_step_of_the_class_extended(worker: Worker) -> Result:
     return fitted(worker.compiled(Extended, "mse", metrics=["mae"]), X, T)
 
 
+@case()
+def steps_counted_in_a_plain_variable(worker: Worker) -> Result:
+    """a `train_step` that counts its steps in a `tf.Variable`, which weights the loss"""
+
+    class Annealed(Guided):
+        def __init__(self) -> None:
+            super().__init__()
+            first = tf.VariableAggregation.ONLY_FIRST_REPLICA
+            self.steps = tf.Variable(0.0, trainable=False, aggregation=first)
+
+        def train_step(self, data: Any) -> Any:
+            self.steps.assign_add(1.0)
+            return super().train_step(data)
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * tf.exp(-0.1 * self.steps)
+
+    model = worker.compiled(Annealed, "mse", metrics=["mae"])
+    return fitted(model, X, T) | {"steps": model.steps.numpy()}
+
+
+class InPercent(Guided):
+    """A model whose steps log a number that is computed from the result of a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = keras.metrics.MeanMetricWrapper(lambda y, p: ops.abs(y - p)[:, 0] < 1, name="near")
+
+    def train_step(self, data: Any) -> Any:
+        x, y = data
+        logs = super().train_step(data)
+        self.near.update_state(y, self(x))
+        return logs | {"near_percent": 100 * self.near.result()}
+
+    def test_step(self, data: Any) -> Any:
+        x, y = data
+        self.near.update_state(y, self(x))
+        return {"near_percent": 100 * self.near.result()}
+
+
+@case("the log 'near_percent' is computed from the result of a metric.*callback")
+def log_from_the_result_of_a_metric(worker: Worker) -> Result:
+    """a `train_step` that adds 100 times the result of a metric to the logs"""
+    return fitted(worker.compiled(InPercent, "mse"), X, T)
+
+
+@case("the log 'near_percent' is computed from the result of a metric.*callback")
+def log_from_the_result_of_a_metric_in_a_test_step(worker: Worker) -> Result:
+    """the same in a `test_step`, without the check"""
+    model = worker.compiled(InPercent, "mse", enable={"check": False})
+    return {"evaluated": model.evaluate(X, T, batch_size=BATCH, verbose=0)}
+
+
+@case("the log 'near' is computed from the result of a metric.*without a tf.function")
+def test_step_that_is_a_function(worker: Worker) -> Result:
+    """a `test_step` that is decorated with `tf.function`, and returns the result of a metric"""
+
+    class Decorated(InPercent):
+        @tf.function
+        def test_step(self, data: Any) -> Any:
+            super().test_step(data)
+            return {"near": self.near.result()}
+
+    return {"evaluated": worker.compiled(Decorated, "mse").evaluate(X, T, batch_size=BATCH, verbose=0)}
+
+
 @case(f"{DIFFERS}log loss")
 def own_step_that_normalises_by_the_batch(worker: Worker) -> Result:
     """a `train_step` that divides by the standard deviation of the batch"""

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -173,3 +174,34 @@ def test_xla_compiles_the_update_too(jit_compile: bool) -> None:
         return
     with pytest.raises(tf.errors.InvalidArgumentError, match="EagerPyFunc"):
         model.fit(*rows(), verbose=0)
+
+
+class WithATermOfTraining(keras.Model):
+    """A model whose loss has a term in training alone."""
+
+    def compute_loss(self, *args: Any, training: bool = False, **kwargs: Any) -> tf.Tensor:
+        return super().compute_loss(*args, training=training, **kwargs) + (1.0 if training else 0.0)
+
+
+def test_a_step_that_xla_compiles_has_the_metrics_and_the_loss_of_keras() -> None:
+    words = np.random.default_rng(0).integers(1, 9, (40, 6))
+    words[:, 2:] *= np.arange(40)[:, None] % 5 == 0  # most of the words are padding
+
+    def history(enabled: bool) -> dict[str, list[float]]:
+        keras.utils.set_random_seed(0)
+        x = keras.Input((6,), dtype="int32")
+        hidden = keras.layers.Embedding(9, 4, mask_zero=True)(x)
+        outputs = {name: keras.layers.Dense(3, "softmax", name=name)(hidden) for name in ("a", "b")}
+        model = WithATermOfTraining(x, outputs)
+        loss = "sparse_categorical_crossentropy"
+        metrics = {"a": "accuracy", "b": "accuracy"}
+        model.compile("sgd", {"a": loss, "b": loss}, metrics=metrics, jit_compile=True)
+        if enabled:
+            multiworker.enable(model)
+        y = {"a": words % 3, "b": words % 2}
+        return model.fit(words, y, batch_size=16, epochs=2, validation_data=(words, y), verbose=0).history
+
+    enabled, stock = history(True), history(False)
+    assert enabled.keys() == stock.keys()
+    for name, values in stock.items():
+        np.testing.assert_allclose(enabled[name], values, atol=1e-5, err_msg=name)
