@@ -145,7 +145,7 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
             for contestant in teams[-1]:
                 contestant.wait()
             first.append(time.time() - start)
-            say(f"{case.name}: ready in {first[-1]:.0f} s")
+            print(f"{case.name}: ready in {first[-1]:.0f} s", file=sys.stderr, flush=True)
         rates: list[list[float]] = [[] for _ in cases]
         for turn in range(rounds):
             for team, case_rates in zip(teams, rates, strict=True):
@@ -153,8 +153,7 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
                     contestant.begin()
                 first_worker, *_ = [contestant.wait() for contestant in team]
                 case_rates.append(first_worker)
-            latest = ", ".join(f"{case_rates[-1]:.0f}" for case_rates in rates)
-            say(f"turn {turn + 1} of {rounds}: {latest} images/s")
+            print(f"turn {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     finally:
         for team in teams:
             for contestant in team:
@@ -174,10 +173,6 @@ def compare(cases: list[Case], job: Job, rounds: int) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def run(answer: Answer, case: Case, rank: int, addresses: list[str], job: Job) -> None:

@@ -6,7 +6,7 @@ Listed without reading a file. Whatever is not listed is counted with the reason
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pyarrow.fs as pafs
@@ -89,6 +89,22 @@ def list_files(uri: str, option: str, output: Storage | None = None) -> FileTree
             tree.files[path] = found[path]
     tree.folders = sorted(path for path in tree.folders if not _why_left_out(path, below))
     return tree
+
+
+def check_unchanged(uri: str, option: str, files: Mapping[str, tuple[int, int]], remedy: str) -> None:
+    """Checks, after files were read, that they are still those that were listed. New files beside them do not matter.
+
+    Args:
+        uri: what was given to `list_files`, as the option `option`.
+        files: size and time of each file that was read, as `FileTree` has them.
+        remedy: what to do, for the message.
+
+    Raises:
+        ValueError: if a file has another size or time, or is gone.
+    """
+    found = list_files(uri, option).files
+    if changed := next((name for name, listed in files.items() if found.get(name) != listed), None):
+        raise ValueError(f"{option} = {uri!r}: {changed} has changed while the files were read: {remedy}")
 
 
 def _why_left_out(path: str, output: str | None) -> str | None:

@@ -65,7 +65,7 @@ class ImageInput:
         root: storage of the files.
         fingerprint: SHA-256 over names, sizes and times of all files: another one is another input.
         left_out: number of files and folders that are no part of the input, by reason.
-        files: paths of all files of the input, below `root`.
+        files: size in bytes and time of change in ns of all files of the input, by their paths below `root`.
     """
 
     kind: str
@@ -73,7 +73,7 @@ class ImageInput:
     parts: tuple[Part, ...]
     fingerprint: str
     left_out: Mapping[str, int]
-    files: tuple[str, ...] = ()
+    files: Mapping[str, tuple[int, int]]
 
     @property
     def num_rows(self) -> int:
@@ -125,22 +125,8 @@ def list_parts(uri: str, part_rows: int, output: Storage | None = None) -> Image
     if not parts:
         raise ValueError(f"input = {uri!r} has no rows")
     left_out = {reason: len(names) for reason, names in sorted(tree.left_out.items())}
-    return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen), left_out, tuple(chosen))
-
-
-def check_unchanged(source: ImageInput, uri: str) -> None:
-    """Checks, after the parts were read, that the files are still those that were listed. New files beside them do not
-    matter.
-
-    Raises:
-        ValueError: if a file has another size or time, or is gone.
-    """
-    found = list_files(uri, "input")
-    if not found.files.keys() >= set(source.files) or found.fingerprint(source.files) != source.fingerprint:
-        raise ValueError(
-            f"input = {uri!r} has changed while it was read, so rows may be lost or of both versions: give the command "
-            "again with another output"
-        )
+    listed = {name: infos[name] for name in chosen}
+    return ImageInput(kind, root, tuple(parts), tree.fingerprint(chosen), left_out, listed)
 
 
 def read_part(

@@ -17,7 +17,7 @@ from pipeline.data.collected_images import SplitFiles, alike_but_for_case
 from pipeline.data.config import DatasetConfig
 from pipeline.data.image_decoding import BACKGROUND
 from pipeline.data.image_progress import ImageCounter, Report
-from pipeline.data.image_rows import Decoding, check_failures, check_unchanged, divided, listing_of
+from pipeline.data.image_rows import Decoding, check_failures, divided, listing_of
 from pipeline.data.image_survey import count_duplicates
 from pipeline.data.shards import from_table, write_rows
 from pipeline.storage import Storage
@@ -54,7 +54,7 @@ def ingest_files(
     for split, rows in splits.items():
         coarse = listing.coarse_of_class
         records[split] = _write_split(config, decoding, rows, coarse, storage, storage.join(out, split), progress)
-    check_unchanged(listing)
+    listing.check_unchanged()
     failures = [(f["name"], f["error"]) for split in splits for record in records[split] for f in record["failures"]]
     check_failures(config, listing, splits, sorted(failures), storage, storage.join(out, "corrupt.csv"))
     files = {split: _entries(records[split], storage, storage.join(out, f"{split}-renumbered")) for split in splits}

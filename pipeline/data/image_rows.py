@@ -10,7 +10,6 @@ import numpy as np
 
 from pipeline.data.collected_images import SplitFiles
 from pipeline.data.config import MAX_PIXELS, DatasetConfig
-from pipeline.data.file_tree import list_files
 from pipeline.data.image_containers import Encoded, read_images
 from pipeline.data.image_decoding import ImageError, Resize, decode, fit_array, most_bytes
 from pipeline.data.image_survey import Corrupt, check_classes, check_corrupt, content_key
@@ -60,20 +59,6 @@ def listing_of(config: DatasetConfig) -> tuple[Listing, Decoding]:
     return listing, Decoding(listing.tree.root, listing.kind, shape, config.resize, config.max_pixels)
 
 
-def check_unchanged(listing: Listing) -> None:
-    """Checks, after all images were read, that they are still those that were listed.
-
-    Raises:
-        ValueError: if a file has another size or time, or is gone.
-    """
-    files = list_files(listing.path, "data.path").files
-    changed = [name for name in listing.files if files.get(name) != listing.tree.files[name]]
-    if changed:
-        raise ValueError(
-            f"data.path = {listing.path!r}: {changed[0]} has changed while the images were read: give the command again"
-        )
-
-
 def divided(config: DatasetConfig, listing: Listing) -> dict[str, SplitFiles]:
     """The splits of `listing`, with a test split taken from `train` if there is none."""
     splits = dict(listing.splits)
@@ -104,7 +89,7 @@ def load_files(config: DatasetConfig) -> RawDataset:
         coarse = listing.coarse_of_class
         labels = rows.labels[good]
         found[split] = Rows.of(images[good], labels, None if coarse is None else coarse[labels])
-    check_unchanged(listing)
+    listing.check_unchanged()
     check_failures(config, listing, splits, failures, Storage("."))
     names = listing.label_names, listing.coarse_label_names
     return RawDataset(found["train"], found["test"], *names, validation=found.get("validation"))

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.data.collected_images import TEST, TRAIN, VALIDATION, Collected, SplitFiles
 from pipeline.data.excerpt import excerpt
-from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree, list_files, suffix_of
+from pipeline.data.file_tree import IMAGE_SUFFIXES, FileTree, check_unchanged, list_files, suffix_of
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), TRAIN),
@@ -55,6 +55,11 @@ class Listing:
     bytes: int
     coarse_label_names: list[str] | None = None
     coarse_of_class: np.ndarray | None = None
+
+    def check_unchanged(self) -> None:
+        """Raises a ValueError if a file has changed since, or is gone."""
+        files = {name: self.tree.files[name] for name in self.files}
+        check_unchanged(self.path, "data.path", files, "give the command again")
 
 
 Reader = Callable[[FileTree, list[str], Collected], Sequence[str] | None]

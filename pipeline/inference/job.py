@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline.data.config import MAX_PIXELS
+from pipeline.data.file_tree import check_unchanged
 from pipeline.data.image_decoding import Resize
-from pipeline.data.image_files import ImageInput, Part, check_input, check_unchanged, list_parts
+from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
 from pipeline.data.ray_rows import own_errors
 from pipeline.devices import DeviceError, mention_unused_gpus, require_gpu_in_cluster
 from pipeline.inference.classifier import PART_PREFIX, Classifier, count_errors, file_name, read
@@ -78,7 +79,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
             with progress.waiting(f"a process with {_needs(options)}"):
                 for finished in _predictions(options, model, source, output, todo):
                     progress.add(finished)
-            check_unchanged(source, options.input)
+            remedy = "rows may be lost or of both versions, so give the command again with another output"
+            check_unchanged(options.input, "input", source.files, remedy)
     done = {
         "parts": len(source.parts),
         "rows": source.num_rows,

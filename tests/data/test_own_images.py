@@ -224,5 +224,5 @@ def test_files_that_change_while_they_are_read_are_refused(tmp_path: Path, monke
         return read_images(*arguments)
 
     monkeypatch.setattr(image_rows, "read_images", overtaken)
-    with pytest.raises(ValueError, match=r"train.npz has changed while the images were read: give the command again"):
+    with pytest.raises(ValueError, match=r"train.npz has changed while the files were read: give the command again"):
         load_files(config)

@@ -160,7 +160,7 @@ def test_a_job_whose_input_changes_while_it_is_read_is_not_done(
         return classify(*arguments)
 
     monkeypatch.setattr(job, "_predictions", overtaken)
-    with pytest.raises(ValueError, match="has changed while it was read, so rows may be lost"):
+    with pytest.raises(ValueError, match=r"00001\.png has changed while the files were read: rows may be lost or of"):
         predict(options, silent())
     assert not (tmp_path / "output" / "_done.json").exists()
 
