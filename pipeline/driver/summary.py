@@ -1,6 +1,7 @@
 """The summary of a run, as a table and as JSON, and the plan that a dry run prints."""
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -64,8 +65,15 @@ def summarize(
         names = [name for name in ("top1", "top5", "balanced_accuracy", "loss", "num_examples") if name in scores]
         summary["test"] = {name: scores[name] for name in names}
     if "register" in outputs:
-        summary["model"] = {name: outputs["register"][name] for name in ("name", "version", "alias", "uri")}
-        summary["mlflow"]["run_id"] = outputs["register"]["run_id"]
+        registered = outputs["register"]
+        summary["model"] = {name: registered[name] for name in ("name", "version", "alias", "uri")}
+        summary["mlflow"]["run_id"] = registered["run_id"]
+        # That of the run. An earlier command may have had another one than this, and earlier versions do not say it.
+        summary["mlflow"]["experiment"] = registered.get("experiment", config.tracking.experiment)
+        given = asdict(config.promotion)
+        used = registered.get("promotion", given)
+        if used != given:
+            summary["model"]["decided_with"] = {name: used[name] for name in used if used[name] != given.get(name)}
     if "report" in outputs:
         summary["report"] = Storage(config.storage).absolute(NEWEST_REPORT)
     return masked(summary)
@@ -92,6 +100,9 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
         )
     if model:
         table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
+        if other := model.get("decided_with"):
+            settings = ", ".join(f"promotion.{name} = {value:g}" for name, value in other.items())
+            table.add_row("decided before with", f"{settings}; what is given now counts for the next version")
     runs = summary["mlflow"]
     table.add_row("runs", escape(f"experiment {runs['experiment']}, run {runs['run_id']}"))
     table.add_row("to look at them", escape(mlflow_command(runs["tracking_uri"])))

@@ -123,5 +123,6 @@ def most_confident(
 
 def different_classes(positions: list[int], labels: np.ndarray, count: int) -> list[int]:
     """The first `count` of `positions`, where a class is repeated only after each class has had its first row."""
-    first = [p for i, p in enumerate(positions) if labels[p] not in labels[positions[:i]]]
-    return (first + [p for p in positions if p not in first])[:count]
+    _, first = np.unique(labels[np.array(positions, int)], return_index=True)
+    rest = np.setdiff1d(np.arange(len(positions)), first, assume_unique=True)
+    return [positions[place] for place in (*np.sort(first), *rest)[:count]]

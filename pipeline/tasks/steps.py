@@ -180,7 +180,9 @@ def register(context: Context) -> dict[str, Any]:
             trained=trained,
             scores=scores,
         )
-        return register_trained(made, destination, config.promotion, context.run_identity)
+        output = register_trained(made, destination, config.promotion, context.run_identity)
+    # Of which none is in a key: a later command with others takes the decision as it is, and says so.
+    return output | {"promotion": asdict(config.promotion)}
 
 
 def report(context: Context) -> dict[str, Any]:

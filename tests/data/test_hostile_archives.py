@@ -62,5 +62,5 @@ def test_headers_of_a_tar_are_bounded(name: str, tmp_path: Path) -> None:
         read_pickles(gzip.compress(TARS[name] + bytes(1024)), {"train"})
     assert len(str(caught.value)) < 1000
     (tmp_path / "a.tar").write_bytes(TARS[name] + bytes(1024))
-    with pytest.raises(ValueError, match=r"a\.tar is no whole tar|has no images"):
+    with pytest.raises(ValueError, match=r"a\.tar is no whole tar|has no images|train is a link to  and not a file"):
         list_images(str(tmp_path))

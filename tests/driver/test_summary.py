@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,20 @@ def test_the_keys_of_the_summary(manifests: dict[str, Manifest]) -> None:
     # The parameters of the model that the search chose, not of the preset.
     other = parse(["quickstart", "--model.num-latents", "8"])[1].config.model
     assert summary["train"]["parameters"] == cost.parameter_count(other)
+
+
+def test_what_an_earlier_command_decided_is_not_shown_as_decided_now(manifests: dict[str, Manifest]) -> None:
+    given = ["quickstart", "--tracking.experiment", "another", "--promotion.max-latency-ms", "1"]
+    config = parse(given)[1].config
+    before = asdict(parse(["quickstart"])[1].config.promotion)
+    manifests["register"]["output"] |= {"experiment": "first", "promotion": before}
+    summary = summarize("quickstart", config, manifests, {"register"}, "r")
+    assert summary["mlflow"]["experiment"] == "first"
+    assert summary["model"]["decided_with"] == {"max_latency_ms": 250.0}
+    console = Console(file=io.StringIO(), width=200)
+    show_summary(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "promotion.max_latency_ms = 250; what is given now counts for the next version" in console.file.getvalue()
 
 
 def test_the_summary_of_an_evaluation_of_an_earlier_version(manifests: dict[str, Manifest]) -> None:

@@ -146,6 +146,9 @@ def test_classes_and_rows_of_a_report() -> None:
     assert metrics.most_confident(probabilities, labels, 9, right=False, label=1) == [0, 4]
     assert metrics.most_confident(probabilities, labels, 9, right=True) == [2, 1]
     assert metrics.different_classes([0, 2, 1, 3], labels, 3) == [0, 1, 2]
+    assert metrics.different_classes([], labels, 3) == []
+    many = np.arange(300_000)  # a look at each pair of them would take an hour
+    assert metrics.different_classes(many.tolist(), many // 100_000, 4) == [0, 100_000, 200_000, 1]
     confusion = confusion_matrix(labels, probabilities.argmax(axis=1), labels=range(3))
     worst = metrics.extreme_classes(confusion, 5, worst=True)
     assert [entry["label"] for entry in worst] == [1, 0], "class 2 has no rows"
