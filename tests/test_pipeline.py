@@ -261,6 +261,8 @@ def assert_trained_once(runs: Runs, epochs: int) -> None:
     assert sorted(metric.step for metric in history) == list(range(1, epochs + 1))
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_run_with_another_learning_rate_that_is_stopped_and_killed_goes_on_from_its_checkpoints(
     new_runs: Runs,
 ) -> None:
