@@ -46,7 +46,8 @@ def pytest_collection_finish() -> None:
 def no_process_left() -> Iterator[None]:
     """Fails the session if a process that a test started outlives it, and ends that process."""
     yield
-    deadline = time.monotonic() + 15  # Ray's processes take a moment to see that their raylet is gone
+    # Ray's processes take a moment to see that their raylet is gone; its agents took over 15 s after a SIGKILL.
+    deadline = time.monotonic() + 60
     while (left := processes_of_this_session()) and time.monotonic() < deadline:
         time.sleep(0.2)
     for pid in left:
