@@ -107,8 +107,8 @@ def _scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     tiny = np.finfo(np.float32).tiny
     found = scores(np.log(np.maximum(probabilities, tiny)), labels)
     is_gone = probabilities[np.arange(len(labels)), labels] < tiny
-    # With five classes that are likelier, it is no hit whatever its probability.
-    is_tied = is_gone & ((probabilities >= tiny).sum(axis=1) < 5)
+    # With five classes that are likelier, it is no hit whatever its probability; of five classes, each is one.
+    is_tied = is_gone & ((probabilities >= tiny).sum(axis=1) < 5) & (probabilities.shape[1] > 5)
     found |= ({"loss": None} if is_gone.any() else {}) | ({"top5": None} if is_tied.any() else {})
     return found | {"underflows": int(is_gone.sum())}
 

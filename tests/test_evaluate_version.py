@@ -144,6 +144,7 @@ def test_what_the_rounding_of_probabilities_has_taken_is_null() -> None:
     assert _scores(certain, np.array([0, 1]))["underflows"] == 0
     found = _scores(certain, np.array([0, 5]))
     assert (found["top1"], found["top5"], found["loss"], found["underflows"]) == (0.5, None, None, 1)
+    assert _scores(certain[:, :5], np.array([0, 4]))["top5"] == 1, "there are no more than five classes"
     spread = np.array([[0.5, 0.2, 0.1, 0.1, 0.1, 0]], np.float32)
     found = _scores(spread, np.array([5]))
     assert (found["top5"], found["loss"], found["underflows"]) == (0.0, None, 1), "five classes are likelier"

@@ -68,7 +68,7 @@ def summarize(
         registered = outputs["register"]
         summary["model"] = {name: registered[name] for name in ("name", "version", "alias", "uri")}
         summary["mlflow"]["run_id"] = registered["run_id"]
-        # That of the run. An earlier command may have had another one than this, and earlier versions do not say it.
+        # The run may be that of a command with another experiment. Earlier versions of this project do not say which.
         summary["mlflow"]["experiment"] = registered.get("experiment", config.tracking.experiment)
         given = asdict(config.promotion)
         used = registered.get("promotion", given)

@@ -34,7 +34,7 @@ CHALLENGER = "challenger"
 ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.keras", "README.md"
 # Tags of a version.
 STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
-ALIAS = "promotion.alias"  # for which a version is decided; versions of before this tag have none
+ALIAS = "promotion.alias"  # the alias for which a version was decided; earlier versions have no such tag
 EVIDENCE = "promotion.evidence"  # says what is wrong with the evidence of a version
 TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
 MOST_TAG_BYTES = 60_000

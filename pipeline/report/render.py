@@ -178,7 +178,7 @@ def _trial_name(name: str) -> str:
 
 def _cost_rows(inputs: ReportInputs) -> list[list[str]]:
     train, speed = inputs.outputs["train"], inputs.results["speed"]
-    # Of all attempts: `inputs.seconds` has the last one alone.
+    # The history has all attempts; `inputs.seconds` has the last one alone.
     hours = sum(epoch["seconds"] * epoch.get("num_workers", inputs.workers) for epoch in train["history"]) / 3600
     rows = [
         ["training, images/s (median)", f"{train['images_per_second']:,.0f}"],

@@ -69,7 +69,7 @@ def train_model(context: Context, model: PerceiverConfig | OwnModel, settings: T
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / MODEL_FILE
         context.storage.download(f"{output.pop('checkpoint')}/{MODEL_FILE}", local)
-        # Other commands may show this training with settings of their own, of which this one is in no key.
+        # This setting is in no key, so a later command that takes this training may have another value.
         output["cpus_per_worker"] = settings.cpus_per_worker
         return output | {"model": context.storage.upload_verified(local, f"{context.out}/{MODEL_FILE}")}
 
@@ -181,7 +181,7 @@ def register(context: Context) -> dict[str, Any]:
             scores=scores,
         )
         output = register_trained(made, destination, config.promotion, context.run_identity)
-    # Of which none is in a key: a later command with others takes the decision as it is, and says so.
+    # These settings are in no key, so a later command with others takes the decision as it is, and says so.
     return output | {"promotion": asdict(config.promotion)}
 
 
@@ -207,7 +207,7 @@ def report(context: Context) -> dict[str, Any]:
             parameters=cost.parameter_count(model),
             macs_per_image=cost.macs_per_image(model),
             workers=inputs["train"]["num_workers"],
-            # Trainings of before do not say it.
+            # Trainings of earlier versions do not say it.
             cpus_per_worker=inputs["train"].get("cpus_per_worker", training.cpus_per_worker),
             gpus_per_worker=inputs["train"].get("gpus_per_worker", 0),
             run_id=inputs["register"]["run_id"],
