@@ -16,6 +16,8 @@ from typing import Any, Literal
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 CHECK_SECONDS = 60.0
 """How long a check in the cluster waits for a free GPU. Where none gets free, the process itself checks later."""
+XLA_TRITON = "--xla_gpu_enable_triton_gemm"
+"""XLA's flag for matrix products by Triton kernels beside those of cuBLAS."""
 
 
 class DeviceError(RuntimeError):
@@ -43,6 +45,7 @@ def set_up_tensorflow(threads: int, use_gpu: bool, *, divides_operations: bool =
 
     if use_gpu:
         load_cusolver()
+        leave_triton_out()
     tf.config.threading.set_intra_op_parallelism_threads(threads if divides_operations else 1)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if gpus := tf.config.list_physical_devices("GPU"):
@@ -64,6 +67,18 @@ def load_cusolver() -> None:
         for library in Path(folder).glob("cusolver/lib/libcusolver.so.*"):
             with contextlib.suppress(OSError):  # TensorFlow then says what is missing
                 ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def leave_triton_out() -> None:
+    """Lets XLA multiply matrices by cuBLAS alone, unless XLA_FLAGS says otherwise. To be called before XLA compiles.
+
+    With Triton's kernels in the choice, a compiled step of `cifar100_gpu` had a loss that was not finite on an H100 and
+    took twice as long to compile; without them it has the gradients of the plain operations (docs/gpu.md).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    is_file = bool(flags) and not flags.lstrip().startswith("--")  # XLA then reads the flags there
+    if XLA_TRITON not in flags and not is_file:
+        os.environ["XLA_FLAGS"] = f"{flags} {XLA_TRITON}=false".strip()
 
 
 def communication_options(use_gpu: bool) -> Any:

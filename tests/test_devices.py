@@ -227,6 +227,7 @@ def test_a_process_uses_one_gpu_and_only_if_it_was_asked_to(
     monkeypatch: pytest.MonkeyPatch, use_gpu: bool, expected: list[str]
 ) -> None:
     said: dict[str, Any] = {"growth": []}
+    monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["first", "second"])
     monkeypatch.setattr(tf.config, "set_visible_devices", lambda found, kind: said.update({kind: found}))
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda each, on: said["growth"].append(each))
@@ -239,3 +240,26 @@ def test_a_process_uses_one_gpu_and_only_if_it_was_asked_to(
     set_up_tensorflow(2, use_gpu, divides_operations=False)
     assert said == {"GPU": expected, "growth": expected, "intra": 1, "inter": 2}
     assert used_gpus() == 0, "this process has none"
+
+
+@pytest.mark.parametrize(("given", "left_out"), [("", True), ("--xla_gpu_enable_triton_gemm=true", False)])
+def test_xla_on_a_gpu_multiplies_without_triton_unless_it_is_asked_for(
+    tmp_path: Path, given: str, left_out: bool
+) -> None:
+    program = (
+        "import tensorflow as tf; from pipeline.devices import set_up_tensorflow; set_up_tensorflow(1, use_gpu=True);"
+        "print(tf.function(lambda x: x @ x, jit_compile=True)(tf.ones((4, 4)))[0, 0].numpy())"
+    )
+    # XLA writes the flags that are not its defaults into this folder, on a CPU too. An unknown flag ends the process.
+    flags = f"--xla_dump_to={tmp_path} {given}"
+    environment = os.environ | {"XLA_FLAGS": flags, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "4.0\n", f"XLA no longer knows the flag {devices.XLA_TRITON}: {done.stderr[-500:]}"
+    used = next(tmp_path.glob("*.debug_options")).read_text()
+    assert ("xla_gpu_enable_triton_gemm: false" in used) == left_out
+
+
+def test_a_file_of_flags_for_xla_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "/etc/xla_flags")
+    devices.leave_triton_out()
+    assert os.environ["XLA_FLAGS"] == "/etc/xla_flags"
