@@ -143,8 +143,9 @@ class Lease:
                 break
             time.sleep(POLL_SECONDS)
             self._write()  # a client of NFS lists a folder anew once it has written there
+        dead = self._changed.keys() - others.keys()
         self._write(holds=True)
-        for path in self._changed.keys() - others.keys():
+        for path in dead:
             self._storage.delete(path)
 
     def _others(self) -> dict[str, Claim]:
@@ -172,18 +173,26 @@ class Lease:
         while not self._leave.wait(BEAT_SECONDS):
             try:
                 self._write()
-            except OSError:
-                continue  # a storage that stalls is asked again
+            except (OSError, ValueError):
+                continue  # a storage that stalls is asked again, and a damaged claim is another driver's
 
     def _write(self, holds: bool = False) -> None:
         with self._lock:
             if self._leave.is_set():
                 return
+            began = time.monotonic()
             if self._claim.holds and not self._is_there():
                 return  # lost: a claim that others have removed is not put back
             self._claim = replace(self._claim, beat=self._claim.beat + 1, holds=holds or self._claim.holds)
             for key in self._keys:
                 self._storage.write_json(self._path(key), asdict(self._claim))
+            # A process that was stopped meanwhile may have put back a claim that others had removed.
+            if self._claim.holds and time.monotonic() - began > BEAT_SECONDS and self._is_held_by_another():
+                for key in self._keys:
+                    self._storage.delete(self._path(key))
+
+    def _is_held_by_another(self) -> bool:
+        return any(claim.holds for claim in self._others().values())
 
     def _is_there(self) -> bool:
         return all(self._storage.exists(self._path(key)) for key in list(self._keys))

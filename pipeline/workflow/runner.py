@@ -95,13 +95,14 @@ def run_tasks(
     failure: TaskFailed | None = None
     deadline = math.inf
     while True:
-        if stop.received and deadline == math.inf:
+        received = stop.received  # once, since a signal may come between two looks at it
+        if received and deadline == math.inf:
             deadline = time.monotonic() + STOP_SECONDS
             channel.request_stop()
-        if stop.received and (not any(task.stoppable for task in running.values()) or time.monotonic() > deadline):
-            raise Stopped(stop.received)
+        if received and (not any(task.stoppable for task in running.values()) or time.monotonic() > deadline):
+            raise Stopped(received)
         ready = [task for task in waiting if all(name in manifests for name in task.inputs)]
-        for task in ready if failure is None and not stop.received else ():
+        for task in ready if failure is None and not received else ():
             waiting.remove(task)
             preceding = {name: manifests[name] for name in manifests if name in run.preceding(task.name)}
             running[_execute.remote(task, run, preceding, identity, channel)] = task

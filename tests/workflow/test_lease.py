@@ -131,3 +131,32 @@ def test_a_driver_that_was_given_up_finds_that_out(tmp_path: Path, monkeypatch: 
         with pytest.raises(LeaseLost, match="another driver works at this run"):
             held.check()
     assert storage.list("drivers/run") == []
+
+
+def test_a_driver_that_is_stopped_while_it_renews_its_claim_finds_out_that_it_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    storage = Storage(str(tmp_path))
+    follower, stop, exists = Claim("far", "another machine", 1, "1", holds=True), threading.Event(), storage.exists
+
+    def exists_and_stops(path: str) -> bool:
+        """As a process that is stopped between its look at the claim and the next line, until another has followed."""
+        found = exists(path)
+        if stop.is_set():
+            stop.clear()
+            storage.write_json("drivers/run/000.json", asdict(follower))
+            storage.delete(path)
+            time.sleep(2 * lease.BEAT_SECONDS)
+        return found
+
+    monkeypatch.setattr(storage, "exists", exists_and_stops)
+    with Lease(storage, ["run"], nobody) as held:
+        held.check()
+        stop.set()
+        while stop.is_set() or len(storage.list("drivers/run")) != 1:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        with pytest.raises(LeaseLost, match="another driver works at this run"):
+            held.check()
+    assert storage.list("drivers/run") == ["000.json"]

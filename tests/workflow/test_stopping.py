@@ -72,6 +72,26 @@ def test_a_task_that_cannot_stop_is_left(shop: Workshop) -> None:
     (shop.folder / "go on").touch()
 
 
+@pytest.mark.parametrize("look", [1, 2, 3, 4])
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_signal_that_comes_between_two_tasks_never_passes_for_the_end(shop: Workshop, look: int) -> None:
+    class Stop(StopOnSignal):
+        """Has received the signal when it is asked for the `look`th time."""
+
+        looks = 0
+
+        @property
+        def received(self) -> int | None:
+            self.looks += 1
+            return signal.SIGTERM if self.looks >= look else None
+
+        @received.setter
+        def received(self, _: int | None) -> None: ...
+
+    with pytest.raises(Stopped):
+        shop.run([shop.task(name) for name in "abcd"], stop=Stop())
+
+
 def test_a_second_signal_ends_the_process() -> None:
     code = """if True:
         import signal, time
