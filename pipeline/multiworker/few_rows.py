@@ -91,7 +91,19 @@ def _with_padding(batch: Any) -> Any:
 
 def _joined(*values: Any) -> Any:
     if isinstance(values[0], tf.SparseTensor):
-        return tf.sparse.concat(0, values)
+        size = tf.reduce_max([value.dense_shape[1:] for value in values], axis=0)
+        return tf.sparse.concat(
+            0, [tf.sparse.reset_shape(value, tf.concat([value.dense_shape[:1], size], 0)) for value in values]
+        )
     if values[0] is None or not len(values[0].shape):
         return values[0]
-    return tf.concat(values, 0)
+    # Each worker may have padded its sequences to its own longest one.
+    size = tf.reduce_max([tf.shape(value)[1:] for value in values], axis=0)
+    return tf.concat([_padded_to(size, value) for value in values], 0)
+
+
+def _padded_to(size: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+    missing = tf.concat([[0], size - tf.shape(value)[1:]], 0)
+    if not tf.reduce_any(missing > 0):
+        return value
+    return tf.pad(value, tf.stack([tf.zeros_like(missing), missing], axis=1), constant_values=tf.zeros((), value.dtype))
