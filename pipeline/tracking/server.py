@@ -41,7 +41,7 @@ def check_server(tracking_uri: str) -> None:
         return
     try:
         request, has_login = _request(tracking_uri)
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS, context=_tls()) as response:
+        with _opener(tracking_uri).open(request, timeout=ANSWER_SECONDS) as response:
             answer, place = response.read(_LONGEST_START).decode(errors="replace").strip(), response.url
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
@@ -78,10 +78,25 @@ def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:
 def _proxy_to_leave_out(tracking_uri: str) -> str:
     """A remedy for a server of one's own that was asked through a proxy, as MLflow's client would ask it too."""
     parts = urlsplit(tracking_uri)
-    host = parts.hostname or ""
-    if parts.scheme not in urllib.request.getproxies() or urllib.request.proxy_bypass(host):
+    if parts.scheme not in urllib.request.getproxies() or _goes_around_proxies(tracking_uri):
         return ""
+    host = parts.hostname or ""
     return f"it was asked through the proxy of {parts.scheme}_proxy, so add {host} to no_proxy if it is near; or "
+
+
+def _opener(tracking_uri: str) -> urllib.request.OpenerDirector:
+    """Sends requests as MLflow's client does: with its certificates, and by its reading of no_proxy."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=_tls())]
+    if _goes_around_proxies(tracking_uri):
+        handlers.append(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener(*handlers)
+
+
+def _goes_around_proxies(tracking_uri: str) -> bool:
+    """Whether no_proxy names the host; networks as 10.0.0.0/8 are known to MLflow's client and not to urllib."""
+    from requests.utils import should_bypass_proxies  # a moment to import, which only web servers need
+
+    return should_bypass_proxies(tracking_uri, no_proxy=None)
 
 
 def _tls() -> ssl.SSLContext:

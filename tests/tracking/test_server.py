@@ -113,8 +113,9 @@ def test_a_server_that_a_proxy_hides_is_named_with_the_remedy(monkeypatch: pytes
     with tracking_server(None) as host:
         with pytest.raises(ValueError, match=r"asked through the proxy of http_proxy, so add 127\.0\.0\.1 to no_proxy"):
             check_server(f"http://{host}/mlflow")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        check_server(f"http://{host}/mlflow")
+        for near in ("127.0.0.1", "10.0.0.0/8,127.0.0.0/8"):  # a network too, as MLflow's client reads it
+            monkeypatch.setenv("no_proxy", near)
+            check_server(f"http://{host}/mlflow")
 
 
 @pytest.mark.parametrize(
