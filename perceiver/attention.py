@@ -38,6 +38,10 @@ class MultiHeadAttention(keras.layers.Layer):
         grid: Rows and columns of the grid that the data flattens, for a `SpatialPrior` of the N rows; None: no prior.
         seed: Seed of the dropout masks; None: a random one.
 
+    Raises:
+        ValueError: if the heads do not divide the widths, for dropout together with chunks, which never hold the
+            weights, and if a mask is not as wide as the data has rows.
+
     Call: rows (B or 1, N, D) and data (B, M, C) -> (B, N, output_dim). With `keys_values`, which the method of that
     name returns, data may be None. `attention_mask` is boolean, (B, M) or (B, N, M), true where a row may attend; a
     row that may attend nowhere gets zeros. With `return_weights`, the result is a pair whose second part is the
@@ -63,6 +67,12 @@ class MultiHeadAttention(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if qk_dim % num_heads or v_dim % num_heads:
+            raise ValueError(f"qk_dim = {qk_dim} and v_dim = {v_dim}: give multiples of num_heads = {num_heads}")
+        if dropout and chunk_size is not None:
+            raise ValueError(
+                f"dropout = {dropout}: set it to 0, since chunk_size = {chunk_size} never holds the weights"
+            )
         self.num_heads = num_heads
         self.qk_dim = qk_dim
         self.v_dim = v_dim
@@ -114,6 +124,9 @@ class MultiHeadAttention(keras.layers.Layer):
         queries = ops.broadcast_to(queries, (ops.shape(keys)[0], *queries.shape[1:]))
         mask = attention_mask
         if mask is not None:  # (B, 1, 1 or N, M)
+            sizes = {mask.shape[-1], keys.shape[2]} - {None}  # chunks would cut a longer one
+            if len(sizes) > 1:
+                raise ValueError(f"the attention mask is {tuple(mask.shape)}: give one of {keys.shape[2]} columns")
             mask = mask[:, None, None, :] if len(mask.shape) == 2 else mask[:, None]
         weights = None
         if self.chunk_size is not None and not return_weights:

@@ -70,6 +70,11 @@ class _Block(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if attention_dropout and remat:
+            raise ValueError(
+                f"attention_dropout = {attention_dropout}: set it to 0, since remat computes the attention again, with "
+                "another mask"
+            )
         self.num_heads = num_heads
         self.qk_dim = qk_dim
         self.v_dim = v_dim

@@ -48,11 +48,8 @@ class Perceiver(keras.Model):
 
     def build(self, input_shape: Shape | None = None) -> None:
         config = self.config
-        image_shape = config.image_shape if input_shape is None else tuple(input_shape[1:])
-        if image_shape != config.image_shape:
-            raise ValueError(
-                f"the images are {image_shape}, model.image_shape is {config.image_shape}: make them equal"
-            )
+        if input_shape is not None:
+            self._check_image_shape(input_shape)
         # One seed for each block, which has three dropouts.
         seeds = itertools.repeat(None) if config.seed is None else itertools.count(config.seed, 3)
         self._build_input()
@@ -201,10 +198,22 @@ class Perceiver(keras.Model):
         return self.decode(latents, training)
 
     def data_array(self, images: Tensor) -> Tensor:
-        """Images (B, H, W, channels) -> data array (B, M, C)."""
+        """Images (B, H, W, channels) -> data array (B, M, C).
+
+        Raises:
+            ValueError: if the images do not have `image_shape`.
+        """
+        self._check_image_shape(images.shape)  # a model that was loaded is built before it gets images
         rows = self.stem(self.normalization(images))
         rows = rows if self.positions is None else self.positions(rows)
         return rows if self.input_mlp is None else rows + self.input_mlp(self.input_norm(rows))
+
+    def _check_image_shape(self, shape: Shape) -> None:
+        """Other images would be broadcast, cut or given the positions of other cells without an error."""
+        if tuple(shape[1:]) != self.config.image_shape:
+            raise ValueError(
+                f"the images are {tuple(shape[1:])}, model.image_shape is {self.config.image_shape}: make them equal"
+            )
 
     def encode(
         self,

@@ -224,3 +224,27 @@ def test_dropout_follows_its_seed() -> None:
 )
 def test_layers(make: Callable, inputs: tuple[np.ndarray, ...], tmp_path: Path) -> None:
     check_layer(make, inputs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MultiHeadAttention(3, 8, 9, 4), r"qk_dim = 8 and v_dim = 9: give multiples of num_heads = 3"),
+        (lambda: MultiHeadAttention(2, 8, 8, 4, dropout=0.5, chunk_size=4), r"dropout = 0.5: set it to 0, since chunk"),
+        (
+            lambda: CrossAttentionBlock(attention_dropout=0.5, remat=True),
+            r"attention_dropout = 0.5: set it to 0, since",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other(make: Callable[[], keras.layers.Layer], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("columns", [1, 12, 14])
+def test_a_mask_of_other_columns_than_the_data_has_rows(columns: int, chunk_size: int | None) -> None:
+    attention = MultiHeadAttention(2, 8, 8, 4, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=rf"the attention mask is \(2, {columns}\): give one of 13 columns"):
+        attention(_LATENTS, _DATA, attention_mask=np.ones((2, columns), bool))

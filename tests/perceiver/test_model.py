@@ -1,5 +1,6 @@
 """The model: files, precisions, execution modes, gradients, attention maps; NumPy reference; published example."""
 
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -246,9 +247,18 @@ def test_zero_initialised_logits() -> None:
     np.testing.assert_array_equal(model(images_of(BASE)), np.zeros((3, 5)))
 
 
-def test_images_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"the images are \(8, 8, 1\), model.image_shape is \(8, 8, 3\)"):
-        Perceiver(**asdict(BASE))(np.zeros((1, 8, 8, 1), "uint8"))
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (4, 16, 3), (9, 9, 3), (1, 1, 3)])
+def test_images_of_another_shape(shape: tuple[int, int, int], is_built: bool) -> None:
+    """A built model, as one that was loaded, would broadcast channels and positions, or cut edges."""
+    model = Perceiver(**asdict(BASE))
+    if is_built:
+        model.build((None, 8, 8, 3))
+    message = rf"the images are {re.escape(str(shape))}, model.image_shape is \(8, 8, 3\): make them equal"
+    with pytest.raises(ValueError, match=message):
+        model(np.zeros((1, *shape), "uint8"))
+    with pytest.raises(ValueError, match=message):
+        attention_maps(model if is_built else build(BASE), np.zeros((1, *shape), "uint8"))
 
 
 def test_config_of_the_published_example_equals_it() -> None:
