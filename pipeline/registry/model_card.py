@@ -77,6 +77,10 @@ class ModelCard:
                 "",
                 f'    mlflow.pyfunc.load_model("models:/{self.name}@{self.alias}").predict(images)',
                 "",
+                "Pixels are whole numbers from 0 to 255. `mlflow models serve` rounds the numbers of a request down to "
+                "such ones without a word, so that images scaled to 0..1 become black. All images of a call are "
+                "computed at once, with all that is between them and the probabilities in memory: give many in parts.",
+                "",
                 "`retrain/model.keras` is the same model up to the logits, for further training. To load it, this "
                 "project's package `perceiver` is needed.",
                 "",

@@ -11,7 +11,7 @@ LOGIN_REMEDY = (
 )
 STORE_REMEDY = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
 # MLflow looks names up by filters in which they stand in single quotes, and other letters end the filter.
-_NAME = re.compile(r"\w[^/:'\"`\\\x00-\x1f]*")
+_NAME = re.compile(r"\w[^/:@'\"`\\\x00-\x1f]*")
 LONGEST_NAME = 250
 
 
@@ -35,8 +35,8 @@ class TrackingConfig:
         require(bool(self.experiment.strip()), "tracking.experiment", self.experiment, "give a name")
         require(len(self.experiment) <= LONGEST_NAME, "tracking.experiment", self.experiment, "give a shorter name")
         remedy = (
-            f"give a name of at most {LONGEST_NAME} characters that starts with a letter or digit, without / and : and "
-            "without quotes"
+            f"give a name of at most {LONGEST_NAME} characters that starts with a letter or digit, without /, : and @ "
+            "and without quotes"
         )
         usable = _NAME.fullmatch(self.model_name) is not None and len(self.model_name) <= LONGEST_NAME
         require(usable, "tracking.model_name", self.model_name, remedy)
