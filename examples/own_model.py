@@ -1,7 +1,7 @@
 """Trains a Keras model of your own with this pipeline instead of its Perceiver, on the digits of scikit-learn.
 
     python examples/own_model.py                                       # starts Ray on this machine; about a minute
-    python examples/own_model.py cifar100 --train.epochs 10            # the pipeline's presets and options
+    python examples/own_model.py cifar100 --train.epochs 10            # the pipeline's presets and settings
     python examples/own_model.py cifar100 --data.source files --data.path ~/flowers --data.image-size 64
 
 The pipeline verifies, splits and shards the data, feeds and augments them, trains on Ray Train workers in steps that

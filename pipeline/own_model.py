@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.command import run_command, say_error, set_environment
-from pipeline.settings.command_line import parse
+from pipeline.settings.command_line import Options, parse
 from pipeline.settings.config import PipelineConfig
 from pipeline.training.own_model import OwnModel
 
@@ -24,7 +24,8 @@ def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
 
     Args:
         model: The model.
-        args: Arguments of the command line. Options of the Perceiver, the search and the tracking change nothing.
+        args: Arguments of the command line: a preset and settings. Those of the Perceiver, the search and the tracking
+            change nothing.
 
     Returns:
         The exit code: 0 done; 1 a task failed or another process took over; 2 a setting or the data cannot be used;
@@ -33,6 +34,10 @@ def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
 
     def run() -> int:
         _, options = parse([*args, "--search.num-trials", "0"])
+        plain = Options()
+        for name in ("dry_run", "until", "force", "summary_json"):
+            if getattr(options, name) != getattr(plain, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for pipeline/run.py alone: leave it out")
         from pipeline.workflow.lease import LeaseLost
         from pipeline.workflow.task import Stopped, TaskFailed
 

@@ -16,6 +16,7 @@ from tiny_training import TRAIN
 
 from perceiver import Perceiver, PerceiverConfig
 from perceiver.cost import macs_per_image
+from pipeline.own_model import own_model_command
 from pipeline.settings.presets import quickstart
 from pipeline.storage import Storage
 from pipeline.tasks.graph import TASKS
@@ -235,3 +236,16 @@ def test_muon_leaves_the_last_kernel_to_adamw() -> None:
     made.build(model.trainable_variables)
     by_muon = [v.path for v, adam in zip(model.trainable_variables, made.adam_velocities, strict=True) if adam is None]
     assert by_muon == ["convolution/kernel", "depthwise/kernel", "dense/kernel"]
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--until train", "--force train", "--summary-json out.json"])
+def test_what_the_command_does_not_know_of_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would train a model where none was wanted."""
+    assert own_model_command(OwnModel(no_model), ["quickstart", *option.split()]) == 2
+    assert f"{option.split()[0]} is for pipeline/run.py alone: leave it out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def no_model(**_: Any) -> Any:
+    raise AssertionError
