@@ -165,8 +165,8 @@ def test_only_the_loopback_serves_the_dashboard(cluster: dict[str, Any]) -> None
 
 def test_runs_and_records_are_kept_where_they_outlive_the_head(cluster: dict[str, Any]) -> None:
     commands = "\n".join(cluster["setup_commands"])
-    (storage,) = re.findall(r"export PERCEIVER_STORAGE=(\S+?)'", commands)
-    (tracking,) = re.findall(r"export MLFLOW_TRACKING_URI=(\S+?)'", commands)
+    (storage,) = re.findall(r"'export PERCEIVER_STORAGE=\"(\S+?)\"'", commands)
+    (tracking,) = re.findall(r"'export MLFLOW_TRACKING_URI=\"(\S+?)\"'", commands)
     assert storage.startswith(("/mnt/", "s3://"))
     assert tracking.startswith(("sqlite:////mnt/", "http://"))
 

@@ -9,6 +9,9 @@ TRACKING_STORES = re.compile(r"https?://.+|databricks(-uc)?(://.+)?|sqlite:///.+
 LOGIN_REMEDY = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to a login that it accepts"
 )
+HOST_REFUSED = "Invalid Host header"
+"""What a server of MLflow answers to a request to a name that it does not know as its own."""
+HOST_REMEDY = "start it with --allowed-hosts and the host of this address, or * (docs/cluster.md)"
 STORE_REMEDY = "give http://HOST:PORT, sqlite:///FILE or the URI of another database"
 # MLflow looks names up by filters in which they stand in single quotes, and other letters end the filter.
 _NAME = re.compile(r"\w[^/:@'\"`\\\x00-\x1f]*")

@@ -8,7 +8,7 @@ from typing import TypeVar
 from mlflow import MlflowException
 
 from pipeline.masking import mask
-from pipeline.tracking.config import LOGIN_REMEDY
+from pipeline.tracking.config import HOST_REFUSED, HOST_REMEDY, LOGIN_REMEDY
 
 TrackingError = MlflowException  # so that other packages need not import MLflow
 T = TypeVar("T")
@@ -43,13 +43,14 @@ def check_login(error: Exception, uri: str) -> None:
     """Call this with an error of the store at `uri` before the same call is tried again.
 
     Raises:
-        ValueError: if the server refuses the login; has the remedy, and no secret.
+        ValueError: if the server refuses the login or the name of its host; has the remedy, and no secret.
     """
     if isinstance(error, TrackingError) and error.error_code in LOGIN_REFUSALS:
         said = " ".join(str(error).split())[:400]
-        raise ValueError(
-            mask(f"tracking.uri = {uri}: the server refuses the login, or its rights ({said}): {LOGIN_REMEDY}")
-        ) from error
+        refusal = f"the server refuses the login, or its rights ({said}): {LOGIN_REMEDY}"
+        if HOST_REFUSED in str(error):
+            refusal = f"the server refuses requests to this host ({said}): {HOST_REMEDY}"
+        raise ValueError(mask(f"tracking.uri = {uri}: {refusal}")) from error
 
 
 def is_conflict(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from pipeline.contact import check_path
-from pipeline.tracking.config import LOGIN_REMEDY
+from pipeline.tracking.config import HOST_REFUSED, HOST_REMEDY, LOGIN_REMEDY
 
 ANSWER_SECONDS = 1.5
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
@@ -30,8 +30,8 @@ def check_server(tracking_uri: str) -> None:
     MLflow's own client would retry an absent server for minutes.
 
     Raises:
-        ValueError: If no MLflow server answers within `ANSWER_SECONDS`, if it refuses the login of the URI, if what
-            answers is another program, or if the database or its driver is not there.
+        ValueError: If no MLflow server answers within `ANSWER_SECONDS`, if it refuses the login or the host of the URI,
+            if what answers is another program, or if the database or its driver is not there.
     """
     if not tracking_uri.startswith(("http://", "https://")):
         if tracking_uri.startswith("databricks"):
@@ -45,6 +45,11 @@ def check_server(tracking_uri: str) -> None:
             answer, place = response.read(_LONGEST_START).decode(errors="replace").strip(), response.url
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            if HOST_REFUSED.encode() in error.read(_LONGEST_START):
+                raise ValueError(
+                    f"tracking.uri = {tracking_uri}: the server refuses requests to this host ({HOST_REFUSED}): "
+                    f"{HOST_REMEDY}"
+                ) from error
             if not has_login:
                 return  # it asks for a login, which MLflow's client may have from elsewhere: `Tracker` finds out
             raise ValueError(

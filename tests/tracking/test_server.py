@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from pipeline.registry.fetch import resolve
 from pipeline.storage import Storage
 from pipeline.tracking.artifacts import check_artifacts
-from pipeline.tracking.errors import retry_transient
+from pipeline.tracking.config import HOST_REFUSED
+from pipeline.tracking.errors import check_login, retry_transient
 from pipeline.tracking.outbox import Record
 from pipeline.tracking.sender import Sender
 from pipeline.tracking.server import check_server, has_database
@@ -24,7 +27,7 @@ LOGIN = "us er:p@ss"
 
 
 @contextlib.contextmanager
-def tracking_server(login: str | None, answer: bytes = b'{"experiments": []}') -> Iterator[str]:
+def tracking_server(login: str | None, answer: bytes = b'{"experiments": []}', status: int = 200) -> Iterator[str]:
     """Host and port of a server that answers the one request, to whoever has the login."""
     expected = login and f"Basic {base64.b64encode(login.encode()).decode()}"
 
@@ -32,7 +35,7 @@ def tracking_server(login: str | None, answer: bytes = b'{"experiments": []}') -
         def do_GET(self) -> None:
             right = expected is None or self.headers["Authorization"] == expected
             wanted = self.path == "/mlflow/api/2.0/mlflow/experiments/search?max_results=1"
-            self.send_response(401 if not right else 200 if wanted else 404)
+            self.send_response(401 if not right else status if wanted else 404)
             self.end_headers()
             self.wfile.write(answer)
 
@@ -104,6 +107,18 @@ def test_what_answers_but_is_no_server_of_mlflow_is_refused(answer: bytes, what:
         pytest.raises(ValueError, match=rf"no MLflow server answers, for {host} has sent {what}.*: give the address"),
     ):
         check_server(f"http://user:geheimnis@{host}/mlflow")
+
+
+def test_a_server_that_does_not_know_its_name_is_told_it() -> None:
+    from mlflow.server.security_utils import INVALID_HOST_MSG
+
+    assert HOST_REFUSED in INVALID_HOST_MSG, "MLflow says it in other words: tracking/config.py"
+    remedy = "refuses requests to this host .*: start it with --allowed-hosts"
+    with tracking_server(None, INVALID_HOST_MSG.encode(), 403) as host, pytest.raises(ValueError, match=remedy):
+        check_server(f"http://{host}/mlflow")
+    error = MlflowException(INVALID_HOST_MSG, error_code=PERMISSION_DENIED)
+    with pytest.raises(ValueError, match=remedy):
+        check_login(error, "http://server:5000")
 
 
 def test_a_server_that_a_proxy_hides_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
