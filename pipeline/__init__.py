@@ -30,6 +30,7 @@ storage.py       a folder or an object store behind one interface, with verified
 contact.py       how a folder or an object store that may never answer is asked first
 fields.py        which settings are part of a task's key, and range checks
 command.py       how a command ends: its exit code and its messages
+devices.py       what depends on the device: what TensorFlow is told, and the checks of a GPU
 masking.py       hides passwords and keys in what leaves a process
 """
 

@@ -8,6 +8,7 @@ digits.py        the digits of scikit-learn
 archives.py      reads the pickles of an archive without executing them
 download.py      downloads an archive or takes a local copy, and checks its SHA-256
 ingest.py        writes the verified rows of a source to Parquet files
+exchange.py      brings rows from these files to the shards
 preprocess.py    validates, splits and shuffles the rows into shards with Ray Data
 rows.py          `Rows`: labelled images in memory; stratified splits; digests of rows
 shards.py        writes and reads the Parquet file of a shard
@@ -30,6 +31,8 @@ bounded_tar.py       headers of tar files, no longer than they may be
 excerpt.py           the beginning of what a file says, for messages
 image_decoding.py    the decoder of training and of batch inference
 image_survey.py      the headers of all images, and what could not be trained
+collected_images.py  their places, splits and labels as they are found
+image_progress.py    how far a task has come that works through all images
 image_rows.py        the same rows in memory
 image_ingest.py      the same rows as Parquet files, with Ray Data
 ray_tensors.py       columns of tensors as Ray Data writes them

@@ -25,7 +25,7 @@ class PredictOptions:
     cpus_per_actor: float = 1.0
     """CPUs of each of these processes, and its number of threads."""
     use_gpu: bool = False
-    """Give every actor a GPU; not measured on the authors' machines."""
+    """Give every actor a GPU; right on one H100, where its speed was not measured (docs/gpu.md)."""
     batch_size: int = 256
     """Number of images in one call of the model."""
     part_rows: int = 1024

@@ -22,6 +22,7 @@ proxies.py              keeps HTTP proxies out of the way of the workers
 rendezvous.py           waits until the workers reach one another
 enable.py               the methods of a model that are replaced
 data.py                 a replica's share of a global batch; batches that a worker has for itself
+iterators.py            batches that are released in the background
 functions.py            the functions that Keras calls for steps and predictions
 xla_step.py             a training step with jit_compile=True
 one_replica.py          what Keras sees within a step: one replica, with sums over all

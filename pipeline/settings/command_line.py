@@ -116,7 +116,7 @@ def _find_images(args: Sequence[str], default: PipelineConfig) -> DatasetConfig:
         add_help=False,
         return_unknown_args=True,
     )
-    # A dry run writes nothing.
+    # A dry run keeps nothing that a later one would read.
     return find_images(_with_absolute_path(options.data), default.storage, keep_survey="--dry-run" not in args)
 
 

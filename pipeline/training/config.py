@@ -45,7 +45,7 @@ class TrainingConfig:
     cpus_per_worker: float = field(default=1.0, metadata=EXECUTION)
     """CPUs of a worker, may be a fraction; its threads follow from it (docs/survival.md)."""
     use_gpu: bool = field(default=False, metadata=EXECUTION)
-    """Give every worker a GPU (NCCL instead of ring all-reduce); not measured on the authors' machines."""
+    """Give every worker a GPU (NCCL instead of ring all-reduce); tried on one GPU alone (docs/gpu.md)."""
     max_failures: int = field(default=3, metadata=EXECUTION)
     """How often workers that died are started again from the last checkpoint before the run fails."""
     reserve: bool = field(default=True, metadata=EXECUTION)

@@ -1,6 +1,7 @@
 """Ray Train around `pipeline.training.fit`: data-parallel workers that survive lost processes and hosts.
 
 train.py                starts the workers, and what each of them runs
+environment.py          how their processes allocate memory, and what they import ahead
 streaming.py            which splits the workers stream, and the checks before that
 in_process.py           the same training in the calling process
 tensorflow_backend.py   tells the workers each other's addresses
