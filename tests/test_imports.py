@@ -310,6 +310,15 @@ def test_what_is_allowed_passes(tmp_path: Path, file: str, source: str) -> None:
     assert not violations(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "package", sorted(file.parent for name in PACKAGES for file in ROOT.glob(f"{name}/**/__init__.py"))
+)
+def test_the_docstring_of_a_package_has_a_line_for_each_of_its_files(package: Path) -> None:
+    said = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    named = {line.split()[0] for line in said.splitlines() if line.strip()}
+    assert not {file.name for file in package.glob("*.py")} - named - {"__init__.py"}
+
+
 @pytest.mark.parametrize("name", ["mlflow.py", "ray", "tune", "json.py", "yaml"])
 def test_a_file_or_folder_that_hides_a_module_is_found(tmp_path: Path, name: str) -> None:
     (tmp_path / "pipeline" / name).mkdir(parents=True)
