@@ -102,7 +102,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.weights_dropout = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
 
     def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, C) -> keys (B, H, M, qk_dim / H), with a prior 4 wider, and values (B, H, M, v_dim / H)."""
+        """(B, M, C) -> keys (B, H, M, qk_dim / H), with a prior 4 or 9 wider, and values (B, H, M, v_dim / H)."""
         keys, values = _split_heads(self.key(data), self.num_heads), _split_heads(self.value(data), self.num_heads)
         return keys if self.prior is None else self.prior.extend_keys(keys), values
 

@@ -6,6 +6,7 @@ Tests compare parameters with the built model and multiply-accumulates with Tens
 from itertools import pairwise
 
 from perceiver.config import PerceiverConfig
+from perceiver.spatial_prior import prior_width
 
 
 def parameter_count(config: PerceiverConfig) -> int:
@@ -159,7 +160,7 @@ def _stem_macs(c: PerceiverConfig) -> int:
 
 def _prior_width(c: PerceiverConfig) -> int:
     """By how much queries and keys, all heads together, are wider with a `SpatialPrior`."""
-    return 4 * c.num_cross_attention_heads * c.cross_attention_prior
+    return prior_width(c.grid) * c.num_cross_attention_heads * c.cross_attention_prior
 
 
 def _patch_width(c: PerceiverConfig) -> int:

@@ -16,6 +16,10 @@ CONFIGS["odd sides"] = replace(
     TINY["conv"], image_shape=(13, 9, 1), num_conv_layers=3, conv_channels=8, conv_channel_growth=2, conv_pool_size=3
 )
 
+CONFIGS["a prior on a large grid"] = replace(
+    TINY["conv"], image_shape=(20, 36, 3), stem="patches", patch_size=2, cross_attention_prior=True
+)
+
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_parameters(config: PerceiverConfig) -> None:
