@@ -228,3 +228,8 @@ class PerceiverConfig:
         if not self.share_weights:
             return tuple(range(self.num_iterations))
         return tuple(0 if share_first else min(i, 1) for i in range(self.num_iterations))
+
+
+def prior_width(grid: tuple[int, int]) -> int:
+    """By how much the queries and keys of a head are wider with a `SpatialPrior` of this grid; it says why."""
+    return 4 if max(grid) <= 8 else 9

@@ -5,8 +5,7 @@ Tests compare parameters with the built model and multiply-accumulates with Tens
 
 from itertools import pairwise
 
-from perceiver.config import PerceiverConfig
-from perceiver.spatial_prior import prior_width
+from perceiver.config import PerceiverConfig, prior_width
 
 
 def parameter_count(config: PerceiverConfig) -> int:

@@ -13,19 +13,14 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import ops
 
+from perceiver.config import prior_width
+
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 INITIAL_STD = 0.25
 """Standard deviation of the Gaussians at the start, in halves of a side of the image."""
 SPACING = 0.3
 """Distance between the centres of neighbouring heads of a latent at the start, in the same unit."""
-FEW_CELLS = 8
-"""Cells along a side up to which bfloat16 is precise enough without further columns."""
-
-
-def prior_width(grid: tuple[int, int]) -> int:
-    """By how much the queries and keys of a head are wider with a `SpatialPrior` of this grid."""
-    return 4 if max(grid) <= FEW_CELLS else 9
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
@@ -37,7 +32,7 @@ class SpatialPrior(keras.layers.Layer):
     the product of (2 p c, -p) and (x, x^2), so that every implementation of attention serves.
 
     That cancels digits where Gaussians are narrow: with a standard deviation of 0.05 and 56 x 56 cells, 15% of the
-    weights of a head were at other cells in bfloat16 than in float32. So on grids of more than `FEW_CELLS` cells along
+    weights of a head were at other cells in bfloat16 than in float32. So on grids of more than 8 cells along
     a side, a further column has the terms p c^2, with which the logits are small where the weights are large, and x
     and x^2 have a second part, what bfloat16 cannot hold of them.
 

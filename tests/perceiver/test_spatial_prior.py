@@ -11,8 +11,9 @@ from keras import ops
 
 from perceiver import Perceiver, presets
 from perceiver.attention import MultiHeadAttention
+from perceiver.config import prior_width
 from perceiver.model import attention_maps
-from perceiver.spatial_prior import INITIAL_STD, SPACING, SpatialPrior, prior_width
+from perceiver.spatial_prior import INITIAL_STD, SPACING, SpatialPrior
 
 GRID, HEADS, LATENTS = (4, 6), 2, 6
 
