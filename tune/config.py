@@ -124,6 +124,11 @@ class SearchConfig:
 
     def _check_range(self, name: str) -> None:
         values = getattr(self, name)
+        if len(values) == 1 and not 0 < values[0] < math.inf:
+            remedy = "give a positive number, or none to leave it unsearched"
+            if name == "weight_decay" and values[0] == 0:
+                remedy = "0 has no place on a log scale; to train without weight decay, give --train.weight-decay 0"
+            raise ValueError(f"search.{name} = {values[0]}: {remedy}")
         if len(values) > 2 or any(not 0 < value < math.inf for value in values) or tuple(sorted(values)) != values:
             given = " ".join(map(str, values))
             raise ValueError(

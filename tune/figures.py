@@ -1,10 +1,12 @@
 """Figures of a search, drawn by `optuna.visualization` into one interactive HTML page that works offline."""
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
+import plotly.exceptions
 import plotly.graph_objects as go
 from optuna import visualization
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -15,15 +17,21 @@ from tune.space import Space
 
 PAGE_FILE = "search.html"
 MIN_TRIALS_FOR_IMPORTANCE = 4
+# What Optuna and plotly raise for trials that they cannot draw: a value outside of its distribution or of a property's
+# range is a ValueError; fANOVA raises a RuntimeError if its trees find no variance, e.g. among trials of one point.
+NOT_DRAWN = (ValueError, RuntimeError, optuna.exceptions.OptunaError, plotly.exceptions.PlotlyError)
+Warn = Callable[[str], None]
 
 
-def draw(trials: Sequence[Trial], space: Space, settings: SearchConfig, folder: Path) -> list[Path]:
+def draw(
+    trials: Sequence[Trial], space: Space, settings: SearchConfig, folder: Path, warn: Warn = warnings.warn
+) -> list[Path]:
     """Draws the figures of a search into `folder`.
 
     Returns:
-        The file `search.html`; nothing if no trial has completed an epoch.
+        The file `search.html`; nothing if no trial has completed an epoch, or no figure can be drawn.
     """
-    found = figures(trials, space, settings)
+    found = figures(trials, space, settings, warn)
     if not found:
         return []
     # plotly.js is part of the first figure, so that the page needs no network.
@@ -36,30 +44,43 @@ def draw(trials: Sequence[Trial], space: Space, settings: SearchConfig, folder: 
     return [page]
 
 
-def figures(trials: Sequence[Trial], space: Space, settings: SearchConfig) -> list[go.Figure]:
+def figures(
+    trials: Sequence[Trial], space: Space, settings: SearchConfig, warn: Warn = warnings.warn
+) -> list[go.Figure]:
     """Parallel coordinates, best value so far, value by hyperparameter, value against cost, and importances.
 
     A trial that was stopped early counts with its best value. Importances need at least four trials, not all of
-    the same value.
+    the same value. A figure that cannot be drawn is left out, and `warn` told why: the trials have been trained.
     """
     valued = [trial for trial in trials if trial.best_value is not None]
     if not valued:
         return []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = _study(trials, space, settings)
-        drawn = [
-            visualization.plot_parallel_coordinate(study, target_name=OBJECTIVE),
-            visualization.plot_optimization_history(study, target_name=OBJECTIVE),
-            visualization.plot_slice(study, target_name=OBJECTIVE),
-            _value_against_cost(valued, space, settings),
-        ]
-        if len(valued) >= MIN_TRIALS_FOR_IMPORTANCE and len({trial.best_value for trial in valued}) > 1:
-            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            importance = visualization.plot_param_importances(study, evaluator, target_name=OBJECTIVE)
-            drawn.append(importance.update_layout(title="Hyperparameter importances: shares of the variance (fANOVA)"))
+    study = functools.cache(lambda: _study(trials, space, settings))
+    plots: dict[str, Callable[[], go.Figure]] = {
+        "parallel coordinates": lambda: visualization.plot_parallel_coordinate(study(), target_name=OBJECTIVE),
+        "the best value so far": lambda: visualization.plot_optimization_history(study(), target_name=OBJECTIVE),
+        "the value by hyperparameter": lambda: visualization.plot_slice(study(), target_name=OBJECTIVE),
+        "the value against the cost": lambda: _value_against_cost(valued, space, settings),
+    }
+    if len(valued) >= MIN_TRIALS_FOR_IMPORTANCE and len({trial.best_value for trial in valued}) > 1:
+        plots["the importances"] = lambda: _importances(study())
+    drawn = []
+    for name, plot in plots.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                drawn.append(plot())
+        except NOT_DRAWN as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            warn(f"the figure of {name} cannot be drawn and is left out: {reason}")
     return drawn
+
+
+def _importances(study: optuna.Study) -> go.Figure:
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    figure = visualization.plot_param_importances(study, evaluator, target_name=OBJECTIVE)
+    return figure.update_layout(title="Hyperparameter importances: shares of the variance (fANOVA)")
 
 
 def _study(trials: Sequence[Trial], space: Space, settings: SearchConfig) -> optuna.Study:
@@ -106,7 +127,10 @@ def _value_against_cost(trials: Sequence[Trial], space: Space, settings: SearchC
 def _completed(
     trial: Trial, space: Space, values: list[float], constraints: dict[str, float] | None
 ) -> optuna.trial.FrozenTrial:
-    """A completed Optuna trial with the open dimensions of `trial` as parameters."""
+    """A completed Optuna trial with the open dimensions of `trial` as parameters.
+
+    An earlier version of this project stored grid points above the highest value, by rounding, which Optuna refuses.
+    """
     distributions: dict[str, BaseDistribution] = {}
     for dimension in space.open:
         listed = space.values[dimension.name]
@@ -117,7 +141,7 @@ def _completed(
         )
     return optuna.trial.create_trial(
         values=values,
-        params={name: trial.values[name] for name in distributions},
+        params={name: value for name, value in space.within(trial.values).items() if name in distributions},
         distributions=distributions,
         user_attrs={"trial": trial.name, "status": trial.status, "epochs": trial.epochs},
         constraints=constraints,

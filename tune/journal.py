@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from perceiver.cost import parameter_count
 from tune.config import SearchConfig
-from tune.space import Sample, Space, gflops_per_image, to_model
+from tune.space import Sample, Space, gflops_per_image, to_model, told_apart
 
 OBJECTIVE = "val_accuracy"
 SCORE = "score"
@@ -31,6 +31,8 @@ class Store(Protocol):
     def read_json(self, path: str) -> Any: ...
 
     def write_json(self, path: str, value: Any) -> None: ...
+
+    def delete(self, path: str) -> None: ...
 
 
 @dataclass
@@ -112,10 +114,11 @@ def best_of(trials: Iterable[Trial], settings: SearchConfig) -> Trial | None:
 def no_best(trials: Sequence[Trial], settings: SearchConfig) -> str:
     """The reason for which none of the trials is the best, with a remedy or the first error."""
     within, limit = _within_limit(trials, settings), settings.cost_limit_gflops
-    if trials and not within:
+    if limit is not None and trials and not within:
+        low, high = told_apart(limit, min(trial.gflops for trial in trials))
         return (
-            f"no trial is within search.cost_limit_gflops = {limit:g}, and the cheapest of the {len(trials)} has "
-            f"{min(trial.gflops for trial in trials):g}: raise the limit, search smaller models, or give more trials"
+            f"no trial is within search.cost_limit_gflops = {low}, and the cheapest of the {len(trials)} has {high}: "
+            "raise the limit, search smaller models, or give more trials"
         )
     error = next((trial.error for trial in within if trial.error), "none ran")
     where = "" if limit is None else f" within search.cost_limit_gflops = {limit:g}"
@@ -152,6 +155,7 @@ class Journal:
         <folder>/trial-0007.json            a trial
         <folder>/earlier.json               the trials taken over
         <folder>/death-of-trial-0007.json   why the process of a trial ended itself
+        <folder>/restart.json               there while the trials are made to run again
 
     Args:
         store: storage of the files.
@@ -172,6 +176,26 @@ class Journal:
 
     def write(self, trial: Trial) -> None:
         self.store.write_json(f"{self.folder}/{trial.name}.json", asdict(trial))
+
+    def restart(self) -> None:
+        """Makes all trials of this search run again, under their names and with their values.
+
+        The values stay, since a trial may have left a checkpoint under its name, whose model has the shape that they
+        give. No trial begins while the mark is there, so a restart that was cut off is simply done anew.
+        """
+        self.store.write_json(self._restart_mark, True)
+        for trial in self.trials():
+            self.store.delete(self._death_path(trial.name))
+            self.write(Trial(trial.name, trial.values, trial.gflops, trial.parameters))
+        self.store.delete(self._restart_mark)
+
+    @property
+    def restart_was_cut_off(self) -> bool:
+        return self.store.exists(self._restart_mark)
+
+    @property
+    def _restart_mark(self) -> str:
+        return f"{self.folder}/restart.json"
 
     def earlier(self, space: Space) -> list[Trial]:
         """Trials of other searches that had ended when this search started, and that belong to `space`.

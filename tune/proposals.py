@@ -18,33 +18,66 @@ from tune.config import SearchConfig
 from tune.journal import OBJECTIVE, Trial, score
 from tune.space import Sample, Space
 
-# After this many proposals of TPE outside the space, a point is sampled at random instead.
+# After this many proposals of TPE outside the space or already tried, a point is sampled at random instead; and after
+# this many random ones that were tried already, one of them is tried again.
 MAX_REJECTED = 200
+Key = tuple[tuple[str, str], ...]
 
 
 def propose(
-    space: Space, settings: SearchConfig, number: int, trials: Sequence[Trial], preset: Mapping[str, Any] | None = None
+    space: Space,
+    settings: SearchConfig,
+    number: int,
+    trials: Sequence[Trial],
+    preset: Mapping[str, Any] | None = None,
+    earlier: Sequence[Trial] = (),
 ) -> Sample | None:
-    """The point of trial `number` (from 0); None if the grid has no more points.
+    """The point of trial `number` (from 0), which has not been tried yet; None if the grid has no more points.
 
     Args:
-        trials: all known trials, including running ones and those of earlier searches.
+        trials: trials of this search, including running ones.
         preset: known good values; the point of the space nearest to them is the first trial, if it is allowed.
+        earlier: trials of earlier searches. A point at which one of them failed may be tried again, since it may have
+            failed of something that is not part of a point, such as the memory limit.
     """
+    tried = {_key(trial.values) for trial in trials}
+    tried |= {_key(trial.values) for trial in earlier if trial.status != "failed"}
     if settings.algorithm == "grid":
         points = list(space.grid(settings.grid_points))
         _random(settings.seed, "grid").shuffle(points)
-        return points[number] if number < len(points) else None
-    if number == 0 and preset is not None and space.allows(nearest := space.nearest(preset)):
-        return nearest
-    rng = _random(settings.seed, str(number))
-    with_value = sum(trial.best_value is not None for trial in trials)
-    if settings.algorithm == "random" or with_value < settings.num_startup_trials:
-        return space.draw(rng)
-    return _tpe(space, settings, trials, rng)
+        return next((point for point in points[number:] if _key(point) not in tried), None)
+    if _has_no_other(space, tried):
+        tried.clear()
+    if number == 0 and preset is not None:
+        nearest = space.nearest(preset)
+        if space.allows(nearest) and _key(nearest) not in tried:
+            return nearest
+    rng, known = _random(settings.seed, str(number)), [*earlier, *trials]
+    with_value = {_key(trial.values) for trial in known if trial.best_value is not None}
+    if settings.algorithm == "random" or len(with_value) < settings.num_startup_trials:
+        return _draw(space, rng, tried)
+    return _tpe(space, settings, known, tried, rng)
 
 
-def _tpe(space: Space, settings: SearchConfig, trials: Sequence[Trial], rng: random.Random) -> Sample:
+def _key(values: Mapping[str, Any]) -> Key:
+    """Tells a point from all others. Two points are the same if they differ by rounding alone."""
+    return tuple(sorted((name, f"{value:.12g}") for name, value in values.items()))
+
+
+def _has_no_other(space: Space, tried: set[Key]) -> bool:
+    """Whether all points have been tried. A space with an open range always has others."""
+    return all(d.scale == "choice" for d in space.open) and all(_key(point) in tried for point in space.grid(1))
+
+
+def _draw(space: Space, rng: random.Random, tried: set[Key]) -> Sample:
+    """A random point that has not been tried, unless so few are left that none of `MAX_REJECTED` draws finds one."""
+    for _ in range(MAX_REJECTED):
+        if _key(point := space.draw(rng)) not in tried:
+            break
+    return point
+
+
+def _tpe(space: Space, settings: SearchConfig, trials: Sequence[Trial], tried: set[Key], rng: random.Random) -> Sample:
     """A sample of Optuna's multivariate TPE (Bergstra et al., 2011; Falkner et al., 2018)."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
@@ -62,10 +95,10 @@ def _tpe(space: Space, settings: SearchConfig, trials: Sequence[Trial], rng: ran
     for _ in range(MAX_REJECTED):
         asked = study.ask(distributions)
         sample = space.ordered(space.fixed | _from_optuna(asked.params, space))
-        if space.allows(sample):
+        if space.allows(sample) and _key(sample) not in tried:
             return sample
         study.tell(asked, state=TrialState.FAIL)  # TPE ignores failed trials
-    return space.draw(rng)
+    return _draw(space, rng, tried)
 
 
 def _to_optuna_trial(

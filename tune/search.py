@@ -7,7 +7,6 @@ off continues from the trials in its journal (`tune.journal`); Tune's own snapsh
 import hashlib
 import math
 import os
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,16 +21,14 @@ from ray.util.placement_group import PlacementGroup
 
 from tune.asha import ResumableASHA
 from tune.config import SearchConfig
-from tune.journal import OBJECTIVE, SCORE, Journal, Trial, best_of, no_best, score, seconds_left
-from tune.proposals import propose
+from tune.journal import OBJECTIVE, SCORE, Journal, Trial, best_of, no_best, score
 from tune.resources import concurrent_trials
 from tune.space import Space
 from tune.trial_process import TrainTrial, TrialProcess
+from tune.trial_queue import TrialQueue, Watch, restart_if_all_failed
 
 # A process may die for reasons other than its trial, e.g. because its host goes away. So a trial gets a second process.
 MAX_DEATHS = 2
-# Arguments: the trial, the estimated seconds until the search ends (None if unknown), whether a new epoch is complete.
-Watch = Callable[[Trial, float | None, bool], None]
 
 
 def search(
@@ -46,8 +43,10 @@ def search(
     preset: Mapping[str, Any] | None = None,
     warmup_epochs: float = 0.0,
     watch: Watch = lambda trial, seconds_left, new_epoch: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Runs `settings.num_trials` trials. Called again with the same journal, a search that was cut off continues.
+    """Runs `settings.num_trials` trials. Called again with the same journal, a search that was cut off continues, and
+    one that has ended without a best trial, since all have failed, tries them again.
 
     Args:
         train_trial: trains a trial.
@@ -57,12 +56,14 @@ def search(
         use_gpu: whether each worker of a trial has a GPU.
         preset: known good values of the dimensions, which are tried first.
         warmup_epochs: epochs over which a trial raises its learning rate; no trial is stopped in them.
-        watch: called for every trial when it starts, after each new epoch, and when it ends.
+        watch: called for every trial when it starts, after each new epoch, and when it ends; and, when the first one
+            starts, for those that ended before this call.
+        say: takes a line for the person who waits.
 
     Returns:
         `best` (sampled and fixed values of the best trial), `best_value` (its highest validation accuracy),
-        `best_trial` (its name), `earlier` (number of trials used from earlier searches; the best one may be among
-        them) and `trials` (the fields of each `Trial` of this search, and its `best_value`).
+        `best_trial` (its name in the search that ran it), `earlier` (number of trials used from earlier searches; the
+        best one may be among them) and `trials` (the fields of each `Trial` of this search, and its `best_value`).
 
     Raises:
         RuntimeError: if no trial within the cost limit completed an epoch; the message holds the first one's error.
@@ -78,6 +79,7 @@ def search(
         limit=settings.max_concurrent_trials,
     )
     earlier = journal.earlier(space) if settings.use_earlier_trials else []
+    restart_if_all_failed(journal, earlier, settings, say)
     queue = TrialQueue(space, settings, journal, earlier, preset, concurrent, watch)
     if queue.num_left:
         asha = scheduler(settings, [*earlier, *queue.ended], warmup_epochs)
@@ -92,69 +94,6 @@ def search(
         "earlier": len(earlier),
         "trials": [asdict(trial) | {"best_value": trial.best_value} for trial in queue.trials],
     }
-
-
-class TrialQueue:
-    """The trials of a search: first those that were cut off, then new ones. It keeps their record in the journal."""
-
-    def __init__(
-        self,
-        space: Space,
-        settings: SearchConfig,
-        journal: Journal,
-        earlier: Sequence[Trial],
-        preset: Mapping[str, Any] | None,
-        concurrent: int,
-        watch: Watch,
-    ) -> None:
-        self.space, self.settings, self.earlier, self.concurrent = space, settings, earlier, concurrent
-        self._journal, self._preset, self._watch = journal, preset, watch
-        self.trials = journal.trials()
-        self._cut_off = [trial for trial in self.trials if trial.status == "running"]
-
-    @property
-    def num_left(self) -> int:
-        """Number of trials that are still to be started or continued."""
-        return len(self._cut_off) + max(0, self.settings.num_trials - len(self.trials))
-
-    @property
-    def ended(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.status != "running"]
-
-    def next(self) -> Trial | None:
-        """Stores and returns the next trial; None if there is none left."""
-        if self._cut_off:
-            trial = self._cut_off.pop(0)
-            trial.started = time.time()
-        else:
-            number = len(self.trials)
-            if number >= self.settings.num_trials:
-                return None
-            values = propose(self.space, self.settings, number, [*self.earlier, *self.trials], self._preset)
-            if values is None:
-                return None
-            trial = Trial.of(f"trial-{number + 1:04d}", values, self.space)
-            self._journal.write(trial)
-            self.trials.append(trial)
-        self._notify(trial)
-        return trial
-
-    def add_epoch(self, trial: Trial, metrics: Mapping[str, Any]) -> None:
-        """Records an epoch, unless it is known."""
-        if trial.add_epoch(metrics):
-            self._notify(trial, new_epoch=True)
-
-    def end(self, trial: Trial, completed: bool, error: str | None) -> None:
-        """Records the end of a trial, which `completed` its training, failed with `error`, or was stopped."""
-        if error:
-            trial.end("failed", self._journal.mask(error))
-        else:
-            trial.end("finished" if completed or trial.epochs >= self.settings.epochs else "stopped early")
-        self._journal.write(trial)
-        self._notify(trial)
-
-    def _notify(self, trial: Trial, new_epoch: bool = False) -> None:
-        self._watch(trial, seconds_left(self.trials, self.settings.num_trials, self.concurrent), new_epoch)
 
 
 def scheduler(settings: SearchConfig, ended: Sequence[Trial] = (), warmup_epochs: float = 0.0) -> TrialScheduler:

@@ -107,9 +107,8 @@ class Space:
         for name, cost in costs.items():
             limit = getattr(self, name)
             if limit is not None and cost > limit:
-                return (
-                    f"search.{name} = {limit:g} is less than the {cost:g} of a model: raise it, or search smaller ones"
-                )
+                low, high = told_apart(limit, cost)
+                return f"search.{name} = {low} is less than the {high} of a model: raise it, or search smaller ones"
         return None
 
     def _check_cost_limit(self, limit: float | None) -> None:
@@ -118,8 +117,9 @@ class Space:
             return
         cheapest = min(gflops_per_image(to_model(shape, self.model)) for shape in self.shapes() if self.allows(shape))
         if cheapest > limit:
+            low, high = told_apart(limit, cheapest)
             raise ValueError(
-                f"search.cost_limit_gflops = {limit:g} is less than the {cheapest:g} of the cheapest model of the "
+                f"search.cost_limit_gflops = {low} is less than the {high} of the cheapest model of the "
                 "search: raise it, or search smaller ones"
             )
 
@@ -140,7 +140,7 @@ class Space:
         for dimension in self.open:
             listed, value = self.values[dimension.name], wanted[dimension.name]
             if dimension.scale == "log":
-                sample[dimension.name] = min(max(value, listed[0]), listed[-1])
+                sample[dimension.name] = _into(listed, value)
             else:
                 sample[dimension.name] = min(listed, key=lambda choice: abs(math.log(choice / value)))
         return self.ordered(sample)
@@ -153,7 +153,8 @@ class Space:
             if dimension.scale == "log" and len(listed) > 1:
                 low, high = listed
                 steps = [k / (points - 1) for k in range(points)] if points > 1 else [0.5]
-                listed = tuple(low * (high / low) ** step for step in steps)
+                # The last one may be above the highest value, by rounding.
+                listed = tuple(_into(listed, low * (high / low) ** step) for step in steps)
             if listed:
                 axes.append([(dimension.name, value) for value in listed])
         for combination in itertools.product(*axes):
@@ -167,11 +168,17 @@ class Space:
             for dimension in self.open:
                 listed = self.values[dimension.name]
                 if dimension.scale == "log":
-                    sample[dimension.name] = math.exp(rng.uniform(math.log(listed[0]), math.log(listed[-1])))
+                    drawn = math.exp(rng.uniform(math.log(listed[0]), math.log(listed[-1])))
+                    sample[dimension.name] = _into(listed, drawn)
                 else:
                     sample[dimension.name] = rng.choice(listed)
             if self.allows(sample):
                 return self.ordered(sample)
+
+    def within(self, sample: Mapping[str, Any]) -> Sample:
+        """`sample` with each value of a range inside it, where rounding had put one just outside."""
+        log = {d.name for d in DIMENSIONS if d.scale == "log" and d.name in self.values}
+        return {name: _into(self.values[name], value) if name in log else value for name, value in sample.items()}
 
     def ordered(self, sample: Mapping[str, Any]) -> Sample:
         """`sample` in the order of the dimensions."""
@@ -195,6 +202,21 @@ def training_values(sample: Mapping[str, Any]) -> Sample:
 def gflops_per_image(model: PerceiverConfig) -> float:
     """GFLOPs of a forward pass for one image. A multiply-accumulate counts as two operations."""
     return 2 * macs_per_image(model) / 1e9
+
+
+def told_apart(*numbers: float) -> list[str]:
+    """The numbers as text: whole ones in full, others with six digits, or with more where they would look the same."""
+    if all(isinstance(number, int) for number in numbers):
+        return [f"{number:,}" for number in numbers]
+    digits = 6
+    while len(set(texts := [f"{number:.{digits}g}" for number in numbers])) < len(set(numbers)):
+        digits += 1
+    return texts
+
+
+def _into(listed: tuple[Any, ...], value: float) -> float:
+    """`value`, or the end of the range that is nearest to it."""
+    return min(max(value, listed[0]), listed[-1])
 
 
 def _fields(sample: Mapping[str, Any], section: str) -> Sample:

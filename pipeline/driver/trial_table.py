@@ -29,15 +29,17 @@ class TrialTable:
 
     def update(self, trial: TrialChanged) -> str | None:
         """Takes the new state of a trial; returns a line for a log, or None if the change is not worth one."""
-        is_new = trial.trial not in self._trials
+        before = self._trials.get(trial.trial)
         self._trials[trial.trial], self._left = trial, trial.seconds_left
-        number = f"trial {list(self._trials).index(trial.trial) + 1}/{self._num_trials}"
+        if trial.status != "running" and (before is None or before.status != "running"):
+            return None  # it ended in an earlier attempt of the search, whose log has the line
+        number = f"trial {_number(trial.trial)}/{self._num_trials}"
         best = "" if trial.best_value is None else f", best val_accuracy {trial.best_value:.4f}"
         if trial.status == "failed":
             return f"{number} failed in epoch {trial.epochs + 1}: {escape(str(trial.error))}; {self._time()}"
         if trial.status != "running":
             return f"{number} {trial.status} after epoch {trial.epochs}/{self._epochs}{best}; {self._time()}"
-        if is_new:
+        if before is None:
             return f"{number} started: {escape(_values(trial.values))}, {trial.gflops:.3g} GFLOPs an image"
         if (metrics := trial.metrics) is None:
             return None
@@ -73,6 +75,11 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(name: str) -> int:
+    """The number of a trial, which is the same in every attempt of a search: 7 of `trial-0007`."""
+    return int(name.rpartition("-")[2])
 
 
 def _values(values: Mapping[str, Any]) -> str:

@@ -131,11 +131,14 @@ def _learning_curves(history: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _search(search: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A table of the trials; None if there was no search. `tune.figures` draws the figures of a search."""
+    """A table of the trials; None if there was no search. `tune.figures` draws the figures of a search.
+
+    An earlier search may have found the best trial, so that there may be one although no trial here has a value.
+    """
     trials = [trial for trial in search.get("trials", ()) if trial.get("best_value") is not None]
-    if not trials:
+    if search.get("best_value") is None:
         return None
-    names = [name for name in trials[0]["values"] if _is_searched(name, trials)]
+    names = [name for name in trials[0]["values"] if _is_searched(name, trials)] if trials else []
     rows = [
         [
             _trial_name(trial["name"]),
@@ -150,7 +153,7 @@ def _search(search: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "num_trials": len(search["trials"]),
         "num_failed": len(search["trials"]) - len(trials),
-        "best_trial": _trial_name(search["best_trial"]),
+        "best_trial": _best_trial(search, trials),
         "best_value": search["best_value"],
         "page": next(iter(search["figures"]), None),
         "header": ["trial", *names, "GFLOPs per image", "epochs", "status", "validation top-1"],
@@ -170,6 +173,21 @@ def _is_searched(name: str, trials: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the value `name` is a number that differs between trials."""
     values = [trial["values"].get(name) for trial in trials]
     return len(set(values)) > 1 and all(isinstance(value, int | float) for value in values)
+
+
+def _best_trial(search: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> str:
+    """The name of the best trial, and whether it is one of an earlier search.
+
+    Every search counts its trials from 1, so the name alone does not tell: a trial of this search is the best one only
+    if its accuracy and its hyperparameters are the best too.
+    """
+    own = any(
+        trial["name"] == search["best_trial"]
+        and trial["best_value"] == search["best_value"]
+        and trial["values"] == search.get("best", trial["values"])
+        for trial in trials
+    )
+    return _trial_name(search["best_trial"]) + ("" if own else " of an earlier search")
 
 
 def _trial_name(name: str) -> str:

@@ -16,7 +16,7 @@ from pipeline.data.split import open_split
 from pipeline.fields import keyed
 from pipeline.masking import mask, masked
 from pipeline.settings.config import PipelineConfig
-from pipeline.tasks.events import TrialChanged
+from pipeline.tasks.events import Said, TrialChanged
 from pipeline.tasks.trial import TrialTraining
 from pipeline.workflow import task
 from tune.figures import draw
@@ -75,6 +75,7 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
             preset=asdict(context.config.model) | asdict(context.config.train),
             warmup_epochs=train.warmup_epochs if train.learning_rate_schedule == "cosine" else 0.0,
             watch=watch,
+            say=lambda line: _say(context, line),
         )
     for left in (f"{context.state}/checkpoints", f"{context.state}/ray"):
         storage.delete(left)
@@ -134,7 +135,13 @@ def _figures(context: Context, space: Space, trials: list[Trial]) -> list[str]:
     """Draws the figures into storage; returns their storage paths."""
     paths = []
     with tempfile.TemporaryDirectory() as folder:
-        for file in draw(trials, space, context.config.search, Path(folder)):
+        for file in draw(
+            trials, space, context.config.search, Path(folder), lambda line: _say(context, f"warning: {line}")
+        ):
             paths.append(f"{context.out}/figures/{file.name}")
             context.storage.upload(file, paths[-1])
     return paths
+
+
+def _say(context: Context, line: str) -> None:
+    context.channel.report(Said("search", line))

@@ -224,7 +224,8 @@ def test_a_search_whose_best_trial_belongs_to_an_earlier_search() -> None:
     ]
     search = {"trials": trials, "best_trial": "trial-0007", "best_value": 0.4, "figures": []}
     html = render(report_inputs(outputs=dict(report_inputs().outputs) | {"search": search}))
-    assert "3 trials, of which 1 gave no value. The best, trial 0007, reached a validation top-1 of 40%" in html
+    best = "The best, trial 0007 of an earlier search, reached a validation top-1 of 40%"
+    assert f"3 trials, of which 1 gave no value. {best}" in html
     header = re.findall(r"<th[^>]*>([^<]*)", html)
     assert header[:3] == ["trial", "num_latents", "GFLOPs per image"], "the learning rate has only one value"
     cells = "".join(f'<td class="n">{cell}</td>' for cell in ("16", "0.2", "2", "finished", "20%"))

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -224,6 +224,16 @@ def test_earlier_trials_are_used(tmp_path: Path) -> None:
     assert len(found["trials"]) == len(executed(tmp_path / "second")) == 2
     config = settings(num_trials=1, learning_rate=(2e-3, 1e-1), use_earlier_trials=False)
     assert run(trainings[2], config, Journal(store, "alone", ["first"]))["earlier"] == 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_grid_that_earlier_searches_have_tried_is_not_trained_again(tmp_path: Path) -> None:
+    store, training = Storage(str(tmp_path / "state")), ToyTraining(tmp_path)
+    grid = settings(algorithm="grid", grid_points=2, num_trials=2)
+    first = run(training, grid, Journal(store, "first"))
+    found = run(training, replace(grid, num_trials=4), Journal(store, "second", ["first"]))
+    assert (found["trials"], found["earlier"]) == ([], 2)
+    assert (found["best"], found["best_value"]) == (first["best"], first["best_value"])
 
 
 @pytest.mark.parametrize(
