@@ -5,8 +5,10 @@ that the processes of a host can share a folder without locks.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +24,9 @@ class CacheError(OSError):
 
 
 _SUFFIX = ".shard"
+_OWN_FILE = re.compile(r"[0-9a-f]{64}\.shard(\.[0-9a-f]{32}\.tmp)?")
+"""Names that the cache gives. Whatever else is in the folder belongs to somebody, and neither counts nor goes."""
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _PART_SECONDS = 600.0
 """Age at which the part of a file belongs to a process that was killed."""
 
@@ -33,7 +38,7 @@ class ShardCache:
     folder: Path
     """Folder on the host's disk; made when first written to."""
     limit: float
-    """Bytes that all files of the folder may take."""
+    """Bytes that all shards in the folder may take."""
     wanted: frozenset[str]
     """SHA-256 of the shards that are read; others, of earlier data, make room for these."""
     _opened: set[str] = field(default_factory=set, compare=False)
@@ -52,7 +57,8 @@ class ShardCache:
             return None
         if sha256 not in self._opened:
             if hashlib.sha256(data).hexdigest() != sha256:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # of another user
+                    path.unlink(missing_ok=True)
                 return None
             self._opened.add(sha256)
         return data
@@ -74,9 +80,11 @@ class ShardCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink()
+            remedy = f"give a folder with room for train.cache_gb = {self.limit / GB:g}, or lower that"
+            if error.errno in _NOT_ALLOWED:
+                remedy = "give a folder that this user can write, such as one of their own"
             raise CacheError(
-                f"train.cache = {self.folder} cannot take a shard of {len(data):,} bytes: {error}; give a folder with "
-                f"room for train.cache_gb = {self.limit / GB:g}, or lower that"
+                f"train.cache = {self.folder} cannot take a shard of {len(data):,} bytes: {error}; {remedy}"
             ) from error
         self._opened.add(entry["sha256"])
 
@@ -85,15 +93,17 @@ class ShardCache:
         files = {}
         for file in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                files[Path(file.path)] = file.stat()
+                if _OWN_FILE.fullmatch(file.name) and file.is_file(follow_symlinks=False):
+                    files[Path(file.path)] = file.stat()
         used = sum(found.st_size for found in files.values())
         for path, found in files.items():
             if used + size <= self.limit:
                 break
             is_part = path.suffix != _SUFFIX and time.time() - found.st_mtime < _PART_SECONDS
             if path.stem not in self.wanted and not is_part:
-                path.unlink(missing_ok=True)
-                used -= found.st_size
+                with contextlib.suppress(PermissionError):  # of another user
+                    path.unlink(missing_ok=True)
+                    used -= found.st_size
         return used + size <= self.limit
 
     def _path(self, sha256: str) -> Path:

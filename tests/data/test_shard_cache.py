@@ -1,6 +1,7 @@
 """The cache of shards on a host's disk: hits, altered files, limits, full disks and processes that share it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.storage import Storage
 
 SHAPE = (16, 16, 3)
 COUNTS = [50, 50, 50]
+PART = f"{'0' * 64}.shard.{'1' * 32}.tmp"
 Made = tuple[Storage, Rows, list[dict[str, Any]]]
 
 
@@ -63,8 +65,8 @@ def test_no_more_is_kept_than_the_limit_and_shards_of_other_data_make_room(made:
     folder = tmp_path / "cache"
     other = ShardReader(storage, cache_of(folder, shards[:1], limit=2.5 * size))
     other.read(shards[0])
-    (folder / "0000.shard.1f.tmp").write_bytes(bytes(size))  # of a process that was killed
-    os.utime(folder / "0000.shard.1f.tmp", (0, 0))
+    (folder / PART).write_bytes(bytes(size))  # of a process that was killed
+    os.utime(folder / PART, (0, 0))
     reader = ShardReader(storage, cache_of(folder, shards[1:], limit=1.5 * size))
     for shard in (shards[1], shards[2], shards[1], shards[2]):
         reader.read(shard)
@@ -74,10 +76,72 @@ def test_no_more_is_kept_than_the_limit_and_shards_of_other_data_make_room(made:
 def test_a_part_that_another_process_writes_is_left_alone(made: Made, tmp_path: Path) -> None:
     storage, _, shards = made
     (tmp_path / "cache").mkdir()
-    part = tmp_path / "cache" / "0000.shard.1f.tmp"
+    part = tmp_path / "cache" / PART
     part.write_bytes(bytes(1000))
     ShardReader(storage, cache_of(tmp_path / "cache", shards, limit=900)).read(shards[0])
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [part.name]
+
+
+def test_files_of_others_in_the_folder_neither_count_nor_go(made: Made, tmp_path: Path) -> None:
+    storage, rows, shards = made
+    folder = tmp_path / "cache"
+    (folder / "results").mkdir(parents=True)
+    theirs = [folder / "results" / "a.csv", folder / "thesis.docx", folder / "0000.shard", folder / f"{'0' * 64}.h5"]
+    for file in theirs:
+        file.write_bytes(bytes(100_000))
+    reader = ShardReader(storage, cache_of(folder, shards, limit=90_000))
+    for number, shard in enumerate(shards):
+        np.testing.assert_array_equal(reader.read(shard).images, rows.images[50 * number : 50 * number + 50])
+    assert all(file.stat().st_size == 100_000 for file in theirs)
+    assert len(list(folder.iterdir())) > 4, "no shard was kept"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_cache_of_another_user(made: Made, tmp_path: Path) -> None:
+    """Their shards are read. What this user may not delete stays, and what they may not write is said."""
+    storage, _, shards = made
+    data = [storage.read_bytes(shard["path"]) for shard in shards]
+    folder = tmp_path / "cache"
+    cache_of(folder, shards).put(shards[0], data[0])
+    (folder / f"{shards[1]['sha256']}.shard").write_bytes(b"damaged")
+    for parent in (folder, *folder.parents):
+        if parent.is_relative_to(tmp_path.parents[1]):
+            parent.chmod(0o755)
+
+    def theirs(number: int, limit: float = 1e9) -> str:
+        cache = cache_of(folder, shards[1:], limit)
+        try:
+            cache.put(shards[number], data[number])
+        except CacheError as error:
+            return str(error)
+        return "kept" if cache.get(shards[number]) else "not kept"
+
+    assert as_nobody(lambda: str(cache_of(folder, shards).get(shards[0]) == data[0])) == "True"
+    assert as_nobody(lambda: str(cache_of(folder, shards).get(shards[1]))) == "None"
+    assert "Permission denied" in (said := as_nobody(lambda: theirs(2)))
+    assert said.endswith("give a folder that this user can write, such as one of their own")
+    folder.chmod(0o1777)  # as /tmp
+    assert as_nobody(lambda: theirs(2, limit=1.2 * len(data[0]))) == "not kept"
+    assert len(files(folder)) == 2
+
+
+def as_nobody(call: Callable[[], str]) -> str:
+    """What `call` returns in a copy of this process that has another user."""
+    reading, writing = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            os.write(writing, call().encode())
+        except BaseException as error:
+            os.write(writing, repr(error).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as answer:
+        said = answer.read()
+    os.waitpid(pid, 0)
+    return said
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, small_disk: Path) -> None:
