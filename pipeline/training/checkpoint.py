@@ -82,12 +82,16 @@ def load(directory: Path, model: keras.Model) -> TrainingState:
     state = TrainingState(**json.loads((directory / STATE_FILE).read_text()))
     with np.load(directory / ARRAYS_FILE) as arrays:
 
-        def group(name: str) -> list[np.ndarray]:
-            return [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in arrays))]
+        def group(name: str, variables: Sequence[keras.Variable] = ()) -> list[np.ndarray]:
+            values = [arrays[f"{name}_{i}"] for i in range(sum(key.startswith(f"{name}_") for key in arrays))]
+            for i, (value, variable) in enumerate(zip(values, variables)):  # noqa: B905  another model is refused below
+                if value.dtype.kind == "V":  # NumPy does not know bfloat16, and stores its bytes alone
+                    values[i] = value.view(np.array(variable).dtype)
+            return values
 
-        state.best_weights, state.metrics = group("best"), group("metric")
+        state.best_weights, state.metrics = group("best", model.weights), group("metric")
         for name, variables in variables_by_kind(model).items():
-            values = group(name)
+            values = group(name, variables)
             expected, found = [tuple(v.shape) for v in variables], [value.shape for value in values]
             if expected != found:
                 raise ValueError(

@@ -40,7 +40,7 @@ from pipeline.training.optimization import (
 )
 from pipeline.training.own_model import OwnModel
 from pipeline.training.parts import compute_in_parts, num_parts
-from pipeline.training.recorder import Recorder
+from pipeline.training.recorder import EarlyStopping, Recorder, ReduceLROnPlateau
 from pipeline.training.throughput import StepClock, StepReporter, matmul_peak
 from pipeline.training.worker import InitialModelError, Worker
 
@@ -168,14 +168,10 @@ def _train(
     if progress.finished:
         return
     stopping: list[keras.callbacks.Callback] = [
-        keras.callbacks.EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)
+        EarlyStopping(monitor="val_loss", patience=config.early_stopping_patience)
     ]
     if config.learning_rate_schedule == "plateau":
-        stopping.append(
-            keras.callbacks.ReduceLROnPlateau(
-                monitor="val_loss", factor=PLATEAU_FACTOR, patience=config.plateau_patience
-            )
-        )
+        stopping.append(ReduceLROnPlateau(monitor="val_loss", factor=PLATEAU_FACTOR, patience=config.plateau_patience))
     recorder = Recorder(config, worker, stop, progress, stopping, clock, steps)
     callbacks = [*stopping, clock, *([] if worker.rank else [StepReporter(clock, worker.on_step, steps)]), recorder]
     evaluated = validation_dataset(

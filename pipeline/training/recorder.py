@@ -15,7 +15,7 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
 from pipeline.training.throughput import StepClock
-from pipeline.training.worker import Interrupted, NotFinite, Worker
+from pipeline.training.worker import Interrupted, NotFinite, Worker, val_score
 
 CALLBACK_STATE = ("wait", "best", "best_epoch", "stopped_epoch", "cooldown_counter")
 
@@ -88,12 +88,18 @@ class Recorder(keras.callbacks.Callback):
             **self.clock.metrics(),
         }
         self._checkpoint_seconds = 0.0
-        if metrics["val_loss"] <= min((past["val_loss"] for past in progress.history), default=math.inf):
+        if val_score(metrics) <= min(map(val_score, progress.history), default=math.inf):
             progress.best_weights = self.model.get_weights()
         progress.history.append(metrics)
         progress.epoch, progress.step, progress.seconds = epoch + 1, 0, 0.0
         progress.finished = self.model.stop_training or progress.epoch == self.config.epochs
         progress.callbacks = {type(c).__name__: _callback_state(c) for c in self.others}
+        if progress.finished and math.isinf(min(map(val_score, progress.history))):
+            raise NotFinite(
+                f"the validation loss was not finite after any of {progress.epoch} epochs: lower train.learning_rate = "
+                f"{self.config.learning_rate}"
+                + (", or compute with --train.precision float32" if self.config.precision != "float32" else "")
+            )
         if progress.finished:
             return  # `fit` reports it, with the model
         self._report(metrics)
@@ -109,6 +115,23 @@ class Recorder(keras.callbacks.Callback):
             checkpoint.save(Path(folder), self.model, self.progress)
             self.worker.report(metrics, Path(folder))
         self._checkpoint_seconds += time.perf_counter() - begin
+
+
+class _NaNIsWorst:
+    """Has a callback of Keras take a validation loss of NaN for the worst one; to Keras it is one that none beats."""
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = logs or {}
+        super().on_epoch_end(epoch, logs | {"val_loss": val_score(logs)})  # type: ignore[misc]  # the other base class
+
+
+# By these names a checkpoint knows them.
+class EarlyStopping(_NaNIsWorst, keras.callbacks.EarlyStopping):
+    pass
+
+
+class ReduceLROnPlateau(_NaNIsWorst, keras.callbacks.ReduceLROnPlateau):
+    pass
 
 
 def _callback_state(callback: keras.callbacks.Callback) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """One of the processes that train a model together, as `fit` sees it. Imports no TensorFlow."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,12 @@ class Interrupted(Exception):
 
 class NotFinite(Exception):
     """The loss became NaN or infinite."""
+
+
+def val_score(metrics: Mapping[str, float]) -> float:
+    """The validation loss of an epoch as a score, lower is better: one that is NaN is worse than all others."""
+    loss = metrics["val_loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
 class InitialModelError(Exception):

@@ -46,3 +46,42 @@ def no_model(**_: Any) -> str:
 
 def failing(**_: Any) -> keras.Model:
     raise RuntimeError("no such layer")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NaNInEvaluation(layers.Layer):
+    """Gives NaN in evaluation until it has been trained for `steps`, as moving statistics that have not settled."""
+
+    def __init__(self, steps: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.steps = steps
+
+    def build(self, shape: Any) -> None:
+        self.taken = self.add_weight(shape=(), initializer="zeros", trainable=False, dtype="float32", name="taken")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.taken.assign_add(1.0)
+            return x
+        return keras.ops.where(self.taken < self.steps, x * float("nan"), x)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "steps": self.steps}
+
+
+def nan_at_first(image_shape: Any, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, NaNInEvaluation(5))
+
+
+def nan_always(image_shape: Any, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, NaNInEvaluation(10**6))
+
+
+def weights_in_bfloat16(image_shape: Any, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, layers.Dense(8, dtype="bfloat16"))
+
+
+def _small(image_shape: Any, num_classes: int, layer: layers.Layer) -> keras.Model:
+    images = keras.Input(image_shape, dtype="uint8")
+    features = layer(layers.Flatten()(layers.Rescaling(1 / 255)(images)))
+    return keras.Model(images, layers.Dense(num_classes, name="logits", dtype="float32")(features))
