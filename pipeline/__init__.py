@@ -26,6 +26,7 @@ clean.py              lists the storage folder and deletes what no registered mo
 
 Modules without a package:
 
+kept.py          what `clean.py` leaves in storage, and why
 storage.py       a folder or an object store behind one interface, with verified reads
 contact.py       how a folder or an object store that may never answer is asked first
 fields.py        which settings are part of a task's key, and range checks

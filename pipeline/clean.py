@@ -5,27 +5,38 @@
 
 A registered version needs the tasks that made it and the report on it. Of a finished task, the state that an
 interrupted attempt would resume from is not needed, except for the trials of a search, which later searches reuse.
-Files younger than `--keep-hours` stay, because a run may be using them. MLflow's own files, files of other programs and
-what is behind a link or a mount are not touched. Exit codes: 0 done, 2 an argument cannot be used.
+What is younger than `--keep-hours` stays, because a run may be using it, and so does every task of a run that a driver
+has claimed, with all that these were made from. Each version is looked up in the registry that its run has recorded;
+what a registry that cannot be asked may need stays. MLflow's own files, files of other programs and what is behind a
+link or a mount are not touched. Exit codes: 0 done, 2 an argument cannot be used.
 """
 
+import contextlib
 import os
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import pyarrow.fs as pafs
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline.command import end, run_command
+from pipeline.contact import check_path
 from pipeline.driver.progress import make_console
-from pipeline.masking import MASK
-from pipeline.registry.fetch import registered_uris
+from pipeline.kept import (
+    Files,
+    Registries,
+    age,
+    claimed_keys,
+    files_below,
+    find_kept,
+    hours_since,
+    read_claims,
+)
+from pipeline.masking import printable
 from pipeline.storage import Storage, mounts_in, open_storage
 from pipeline.tasks.graph import TASKS
 from pipeline.workflow.run import read_manifest
@@ -35,8 +46,6 @@ MANIFEST = "manifest.json"
 # run also leaves a file `runs/KEY.json`.
 KEY, CHILD = re.compile(r"[0-9a-f]{64}"), re.compile(r"manifest\.json|state|attempt-[0-9a-f-]+|.*\.tmp")
 RUN_FILE = re.compile(r"[0-9a-f]{64}\.json")
-SECONDS_PER_HOUR = 3600
-Files = Mapping[str, pafs.FileInfo]
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,18 @@ class CleanOptions:
     remove: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Delete what is not needed; without this flag nothing changes."""
     keep_hours: float = 24.0
-    """Keep what was written within this number of hours."""
+    """Keep what was written within this number of hours, and what it was made from."""
     tracking_uri: str | None = None
-    """MLflow tracking URI of the registry; None: the one that each run has recorded."""
+    """MLflow tracking URI, with its login, of the registry that runs have recorded without it. Other registries are
+    asked under the URI that each run has recorded."""
+    moved_from: str | None = None
+    """What runs have recorded as the URI of the registry that is at `tracking_uri` now, if it has moved."""
 
     def __post_init__(self) -> None:
         if not self.keep_hours >= 0:
             raise ValueError(f"keep_hours = {self.keep_hours}: give 0 or more")
+        if self.moved_from and not self.tracking_uri:
+            raise ValueError(f"moved_from = {self.moved_from!r}: give --tracking-uri, the URI that it has now")
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class Item:
         kind: `output` of a finished task; `unfinished` attempts; `state` or `attempt`, left over from a finished task.
         size: Size in bytes.
         hours: Hours since the last write.
-        needed: Whether a registered version needs it.
+        needed: Whether a registered version, something recent or a run that a driver has claimed needs it.
         has_manifest: Whether it holds the manifest, which is deleted first: without it the task is not finished.
     """
 
@@ -80,13 +94,29 @@ class Item:
     has_manifest: bool = False
 
 
-def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
-    """Everything that tasks have written to the storage, ordered by path.
+@dataclass(frozen=True)
+class Contents:
+    """What a storage holds.
+
+    Attributes:
+        items: Everything that tasks have written, ordered by path.
+        notes: Sentences that say what stays in doubt, and what to do about it.
+        claimed: Keys of the runs and tasks that drivers had claimed before.
+    """
+
+    items: list[Item]
+    notes: list[str]
+    claimed: set[str]
+
+
+def list_contents(storage: Storage, options: CleanOptions) -> Contents:
+    """What the storage holds, and what of it is needed.
 
     Raises:
-        ValueError: If a registry that a run has recorded does not exist.
+        ValueError: If there is no registry at `tracking_uri`, or a manifest is none.
     """
-    contents = _contents(storage)
+    claims = read_claims(storage)  # first: a task that is finished meanwhile is then listed as such
+    contents, left_alone = _contents(storage)
     folders = sorted(contents)
     files = {path: info for content in contents.values() for path, info in content.items()}
     manifests = {
@@ -94,33 +124,46 @@ def list_items(storage: Storage, tracking_uri: str | None = None) -> list[Item]:
         for folder in folders
         if f"{folder}/{MANIFEST}" in files
     }
-    needed = _needed_folders(manifests, tracking_uri)
+    staying = {}
+    for folder in left_alone:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):  # it may be another program's
+            staying[folder] = read_manifest(storage, f"{folder}/{MANIFEST}", folder.split("/")[1])
+    recent = {folder for folder in folders if hours_since(contents[folder]) < options.keep_hours}
+    registries = Registries(options.tracking_uri, options.moved_from)
+    kept = find_kept(storage, claims, folders, manifests | staying, recent | staying.keys(), registries)
     items: list[Item] = []
     for folder in folders:
-        own = contents[folder]
-        if folder in needed and folder in manifests:
+        own, needed, finished = contents[folder], folder in kept.needed, folder in manifests
+        if needed and finished and folder not in kept.whole:
             items += _items_of_needed_task(folder, own, manifests[folder]["attempt"])
         else:
-            finished = folder in manifests
-            items.append(_item(folder, "output" if finished else "unfinished", own, has_manifest=finished))
-    return items
+            kind = "output" if finished else "unfinished"
+            items.append(_item(folder, kind, own, needed=needed, has_manifest=finished))
+    return Contents(items, kept.notes, {claim.key for claim in claims})
 
 
-def _contents(storage: Storage) -> dict[str, Files]:
-    """The files of each folder of a task, by its path, without those of other programs and what is behind links."""
-    found = {}
+def _contents(storage: Storage) -> tuple[dict[str, Files], list[str]]:
+    """The files of each folder of a task, by its path; and the folders that are left alone.
+
+    The latter are those of other programs, and what is behind links or mounts.
+    """
+    found, left_alone = {}, []
     mounted = _mounts(storage)
     for task in TASKS:
         home = f"tasks/{task.name}"
-        if _is_link(storage, "tasks") or _is_link(storage, home):
-            continue
+        behind_link = _is_link(storage, "tasks") or _is_link(storage, home)
         for key in filter(KEY.fullmatch, storage.list(home)):
             folder = f"{home}/{key}"
-            if any(f"{folder}/".startswith(f"{point}/") or point.startswith(f"{folder}/") for point in mounted):
-                continue
-            if not _is_link(storage, folder) and all(map(CHILD.fullmatch, storage.list(folder))):
-                found[folder] = _files(storage, folder)
-    return {folder: files for folder, files in found.items() if files}
+            is_mounted = any(
+                f"{folder}/".startswith(f"{point}/") or point.startswith(f"{folder}/") for point in mounted
+            )
+            if behind_link or is_mounted or _is_link(storage, folder):
+                left_alone.append(folder)
+            elif all(map(CHILD.fullmatch, storage.list(folder))):
+                found[folder] = files_below(storage, folder)
+            else:
+                left_alone.append(folder)
+    return {folder: files for folder, files in found.items() if files}, left_alone
 
 
 def _mounts(storage: Storage) -> list[str]:
@@ -133,7 +176,10 @@ def _mounts(storage: Storage) -> list[str]:
 
 
 def _is_link(storage: Storage, path: str) -> bool:
-    return storage.is_local and os.path.islink(storage.fs_path(path))
+    if not storage.is_local or not os.path.islink(storage.fs_path(path)):
+        return False
+    check_path(storage.fs_path(path), "storage")  # what it leads to may be a network folder that hangs
+    return True
 
 
 def _items_of_needed_task(folder: str, files: Files, attempt: str) -> list[Item]:
@@ -162,20 +208,20 @@ def _items_of_needed_task(folder: str, files: Files, attempt: str) -> list[Item]
 
 def _item(path: str, kind: str, files: Files, *, needed: bool = False, has_manifest: bool = False) -> Item:
     size = sum(info.size for info in files.values())
-    newest = max(info.mtime_ns or 0 for info in files.values()) / 1e9
-    return Item(path, path.split("/")[1], kind, size, (time.time() - newest) / SECONDS_PER_HOUR, needed, has_manifest)
+    return Item(path, path.split("/")[1], kind, size, hours_since(files), needed, has_manifest)
 
 
 def clean(options: CleanOptions, console: Console | None = None) -> int:
     """Lists the contents and, with `remove`, deletes what is not needed; returns the size of the latter in bytes.
 
     Raises:
-        ValueError: As `list_items`, or if the storage does not exist.
+        ValueError: As `list_contents`, if the storage does not exist, or if a run begins meanwhile.
     """
     console, storage = console or make_console(), open_storage(options.storage, tree=True)
     if not storage.exists(""):
         raise ValueError(f"storage = {options.storage!r}: no such folder")
-    items = list_items(storage, options.tracking_uri)
+    contents = list_contents(storage, options)
+    items = contents.items
     if items and not any(map(RUN_FILE.fullmatch, storage.list("runs"))):
         raise ValueError(
             f"storage = {options.storage!r} has no runs/KEY.json, which every run leaves: it is not the storage of a "
@@ -185,8 +231,15 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
     _show(items, deleted, options, console)
     for point in _mounts(storage):
         console.print(escape(f"not touched, because something is mounted there: {point}"))
+    for note in contents.notes:
+        console.print(escape(printable(note)))
     if options.remove:
         for item in deleted:
+            if claimed_keys(storage) - contents.claimed:
+                raise ValueError(
+                    f"storage = {options.storage!r}: a run has begun meanwhile, which may need what is left of the "
+                    "list above: give the command again"
+                )
             try:
                 if item.has_manifest:
                     storage.delete(f"{item.path}/{MANIFEST}")
@@ -199,49 +252,6 @@ def clean(options: CleanOptions, console: Console | None = None) -> int:
     return sum(item.size for item in deleted)
 
 
-def _needed_folders(manifests: Mapping[str, dict[str, Any]], tracking_uri: str | None) -> set[str]:
-    """Folders of the tasks that made a registered version, of its registration, and of the tasks that follow it."""
-    uris: dict[str, set[str]] = {}
-    registered = []
-    for folder, manifest in manifests.items():
-        if manifest["task"] != "register":
-            continue
-        registry = tracking_uri or manifest["output"]["tracking_uri"]
-        if registry not in uris:
-            _check_registry(registry)
-            uris[registry] = registered_uris(registry)
-        if manifest["output"]["uri"] in uris[registry]:
-            registered.append(folder)
-    followers = [
-        folder
-        for folder, manifest in manifests.items()
-        if f"tasks/register/{manifest['inputs'].get('register')}" in registered
-    ]
-    needed: set[str] = set()
-    waiting = [*registered, *followers]
-    while waiting:
-        folder = waiting.pop()
-        if folder not in needed:
-            needed.add(folder)
-            inputs = manifests[folder]["inputs"] if folder in manifests else {}
-            waiting += [f"tasks/{name}/{key}" for name, key in inputs.items()]
-    return needed
-
-
-def _check_registry(uri: str) -> None:
-    """Raises a ValueError if `uri` is without the login that it had when it was recorded."""
-    if f"://{MASK}@" in uri:
-        raise ValueError(f"the registry {uri} was recorded without its login: give --tracking-uri")
-
-
-def _files(storage: Storage, folder: str) -> Files:
-    """All files below `folder`, by their path below the root of the storage."""
-    selector = pafs.FileSelector(storage.fs_path(folder), recursive=True, allow_not_found=True)
-    prefix = storage.fs_path("").rstrip("/") + "/"
-    infos = storage.filesystem.get_file_info(selector)
-    return {info.path.removeprefix(prefix): info for info in infos if info.type == pafs.FileType.File}
-
-
 def _below(files: Files, folder: str) -> Files:
     return {path: info for path, info in files.items() if path.startswith(f"{folder}/")}
 
@@ -251,7 +261,7 @@ def _show(items: Sequence[Item], deleted: Sequence[Item], options: CleanOptions,
     for item in sorted(items, key=lambda item: (-item.size, item.path)):
         fate = "needed" if item.needed else "goes" if item in deleted else "recent, stays"
         key = item.path.split("/")[2][:12]
-        table.add_row(item.task, key, item.kind, _size([item]), _age(item.hours), fate)
+        table.add_row(item.task, key, item.kind, _size([item]), age(item.hours), fate)
     console.print(table)
     by_task = {task: [item for item in items if item.task == task] for task in sorted({i.task for i in items})}
     console.print(", ".join(f"{task} {_size(part)}" for task, part in by_task.items()) or "nothing")
@@ -268,10 +278,6 @@ def _size(items: Iterable[Item]) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def _age(hours: float) -> str:
-    return f"{hours:.0f} h ago" if hours < 48 else f"{hours / 24:.0f} days ago"
 
 
 def run() -> int:

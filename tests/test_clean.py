@@ -7,14 +7,22 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from rich.console import Console
 
-from pipeline.clean import CleanOptions, clean, list_items
+from pipeline.clean import CleanOptions, clean
+from pipeline.driver.drive import execute
+from pipeline.registry.fetch import registered_uris
+from pipeline.settings.command_line import parse
+from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
+from pipeline.tasks.graph import TASKS
+from pipeline.workflow.lease import Claim, Lease, LeaseLost
+from pipeline.workflow.run import Run, recorded_keys
 
 DAYS_AGO = time.time() - 5 * 86400
 
@@ -87,6 +95,23 @@ def run_clean(storage: Storage, **options: object) -> tuple[int, str]:
     return size, console.file.getvalue()
 
 
+def one_line(text: str) -> str:
+    """What a console has broken into lines."""
+    return " ".join(text.split())
+
+
+def is_there(storage: Storage, run: str) -> bool:
+    return storage.exists(f"tasks/register/{key(run)}/manifest.json")
+
+
+def assert_runs_are_kept(storage: Storage, *runs: str) -> None:
+    """Checks that these runs of `make_storage` are complete, with the data that they read."""
+    homes = [f"tasks/{task}/{key('data')}" for task in ("ingest", "preprocess")]
+    homes += [f"tasks/{task}/{key(run)}" for run in runs for task in ("train", "register", "report")]
+    expected = {f"{home}/{name}" for home in homes for name in ("manifest.json", "attempt-1/file")}
+    assert expected <= files(storage)
+
+
 def test_nothing_is_deleted_without_the_flag(storage: Storage) -> None:
     before = files(storage)
     size, text = run_clean(storage)
@@ -135,22 +160,257 @@ def test_what_is_recent_stays(storage: Storage) -> None:
     assert not Storage(storage.uri).exists(f"tasks/train/{key('c')}")
 
 
-def test_a_registry_that_was_recorded_without_its_login_is_asked_for(tmp_path: Path) -> None:
+def make_interrupted(folder: Path, hours: float, recorded: bool = True) -> Run[PipelineConfig]:
+    """A run with data and a search of five days ago, whose training was interrupted `hours` ago."""
+    config = parse(["quickstart", "--storage", str(folder)])[1].config
+    run = Run(TASKS, config, Storage(config.storage))
+    for task in run.tasks[:3]:
+        run.storage.write_bytes(f"{run.home(task.name)}/attempt-1/file", bytes(1000))
+        inputs = {name: run.keys[name] for name in task.inputs}
+        manifest = {"task": task.name, "attempt": "attempt-1", "inputs": inputs, "output": {}}
+        run.storage.write_json(run.manifest_path(task.name), manifest)
+    run.storage.write_bytes(f"{run.home('search')}/state/checkpoints/1", bytes(10))
+    run.storage.write_bytes(f"{run.home('train')}/state/checkpoints/1", bytes(1000))
+    run.identity()
+    if not recorded:
+        run.storage.delete(f"runs/{run.key}.tasks.json")
+    for path in folder.rglob("*"):
+        os.utime(path, (DAYS_AGO, DAYS_AGO))
+    written = time.time() - hours * 3600
+    os.utime(folder / run.home("train") / "state/checkpoints/1", (written, written))
+    return run
+
+
+def outputs(run: Run[PipelineConfig]) -> set[str]:
+    """The tasks of an interrupted run whose outputs are there, complete."""
+    done = {task.name for task in run.tasks if run.storage.exists(run.manifest_path(task.name))}
+    return {name for name in done if run.storage.exists(f"{run.home(name)}/attempt-1/file")}
+
+
+def wait_for(key: str, claim: Claim) -> None:
+    raise AssertionError(f"waits for {claim} of {key}")
+
+
+def test_what_a_recent_result_was_made_from_stays(storage: Storage) -> None:
+    now = time.time()
+    os.utime(Path(storage.uri) / f"tasks/train/{key('b')}/manifest.json", (now, now))
+    for task in ("ingest", "preprocess"):  # of a version of its own, so that nothing else needs them
+        old, new = f"tasks/{task}/{key('data')}", f"tasks/{task}/{key('a')}"
+        (Path(storage.uri) / old).rename(Path(storage.uri) / new)
+    for path in (f"tasks/train/{key('b')}/manifest.json", f"tasks/preprocess/{key('a')}/manifest.json"):
+        manifest = storage.read_json(path)
+        storage.write_json(path, manifest | {"inputs": dict.fromkeys(manifest["inputs"], key("a"))})
+    os.utime(Path(storage.uri) / f"tasks/preprocess/{key('a')}/manifest.json", (DAYS_AGO, DAYS_AGO))
+    run_clean(storage, remove=True)
+    left = files(storage)
+    for home in (f"ingest/{key('a')}", f"preprocess/{key('a')}", f"train/{key('b')}"):
+        assert {f"tasks/{home}/manifest.json", f"tasks/{home}/attempt-1/file"} <= left
+    assert not storage.exists(f"tasks/report/{key('b')}"), "what only follows from it is not needed"
+    run_clean(storage, remove=True, keep_hours=0.0)
+    assert not any(
+        f"/{name}/" in path for path in files(storage) for name in (f"ingest/{key('a')}", f"train/{key('b')}")
+    )
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "of an earlier version"])
+def test_what_a_training_reads_that_was_interrupted_recently_stays(tmp_path: Path, recorded: bool) -> None:
+    run = make_interrupted(tmp_path / "runs", 2.0, recorded)
+    _, text = run_clean(run.storage, remove=True)
+    assert outputs(run) == {"ingest", "preprocess", "search"}
+    assert run.storage.exists(f"{run.home('train')}/state/checkpoints/1")
+    assert not run.storage.exists(f"{run.home('search')}/state"), "a finished search does not go on from it"
+    assert ("has left no record of what it reads: clean later" in one_line(text)) == (not recorded)
+    run_clean(run.storage, remove=True, keep_hours=1.0)
+    assert not any(path.startswith("tasks/") for path in files(run.storage))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "of an earlier version"])
+def test_a_run_at_which_a_driver_works_stays(tmp_path: Path, recorded: bool) -> None:
+    """Though everything in it is old, and though the driver claims no key of the data."""
+    run = make_interrupted(tmp_path / "runs", 100.0, recorded)
+    other = f"tasks/train/{key('other')}"
+    run.storage.write_bytes(f"{other}/state/checkpoints/1", bytes(10))
+    os.utime(Path(run.storage.fs_path(f"{other}/state/checkpoints/1")), (DAYS_AGO, DAYS_AGO))
+    before = {path for path in files(run.storage) if path.startswith("tasks/")}
+    with Lease(run.storage, [run.key, run.keys["train"]], wait_for):
+        _, text = run_clean(run.storage, remove=True, keep_hours=0.0)
+    gone = before - files(run.storage)
+    if recorded:
+        assert gone == {f"{other}/state/checkpoints/1"}
+    else:
+        assert gone == {f"{run.home('search')}/state/checkpoints/1"}, "as of every finished task"
+        assert "has left no record of what it reads" in one_line(text)
+    assert f"the run of process {os.getpid()} on " in text
+    assert "stays, because that is at work" in one_line(text)
+    run_clean(run.storage, remove=True)
+    assert not any(path.startswith("tasks/") for path in files(run.storage)), "the driver has ended"
+
+
+def test_a_driver_says_what_its_run_has_before_it_claims_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its claim would keep all tasks of all runs for a moment, or nothing."""
+    preset, options = parse(["quickstart", "--storage", str(tmp_path / "runs")])
+    run = Run(TASKS, options.config, Storage(options.config.storage))
+    found: list[dict[str, dict[str, str]]] = []
+
+    def enter(_: Lease) -> None:
+        found.append(recorded_keys(run.storage))
+        raise LeaseLost("the test ends here")
+
+    monkeypatch.setattr(Lease, "__enter__", enter)
+    with pytest.raises(LeaseLost):
+        execute(preset, options, run)
+    assert found == [{run.key: run.keys}]
+
+
+def test_what_a_claim_keeps_whose_driver_may_be_dead_is_said(tmp_path: Path) -> None:
+    run = make_interrupted(tmp_path / "runs", 100.0)
+    claims = {
+        "ended": asdict(replace(Claim.of_this_process(), born="0")),
+        "silent": asdict(replace(Claim.of_this_process(), machine="another", host="far")),
+        "damaged": {"host": "far"},
+    }
+    remedies = {
+        "ended": "stays, though that has ended: give its command again, or delete ",
+        "silent": "on far stays, though that gave its last sign of life 5 days ago: if it has ended, give its command "
+        "again, or delete ",
+        "damaged": "damaged.json is no claim of a driver: delete it",
+    }
+    for name, claim in claims.items():
+        path = f"drivers/{run.key}/{name}.json"
+        run.storage.write_json(path, claim)
+        os.utime(Path(run.storage.fs_path(path)), (DAYS_AGO, DAYS_AGO))
+        before = files(run.storage)
+        _, text = run_clean(run.storage, remove=True)
+        assert files(run.storage) == before
+        assert remedies[name] in one_line(text)
+        assert f"drivers/*/{name}.json" in "".join(text.split())
+        run.storage.delete(path)
+    run_clean(run.storage, remove=True)
+    assert not outputs(run)
+
+
+def test_nothing_more_is_deleted_when_a_run_begins_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_interrupted(tmp_path / "runs", 100.0)
+    delete, deleted = Storage.delete, []
+
+    def begin(storage: Storage, path: str) -> None:
+        delete(storage, path)
+        deleted.append(path)
+        storage.write_json(f"drivers/{run.key}/new.json", asdict(Claim.of_this_process()))
+
+    monkeypatch.setattr(Storage, "delete", begin)
+    with pytest.raises(ValueError, match="a run has begun meanwhile"):
+        run_clean(run.storage, remove=True)
+    assert {path.split("/")[1] for path in deleted} == {"ingest"}
+    assert outputs(run) == {"preprocess", "search"}
+
+
+def test_what_is_made_from_the_rest_stays_behind_a_link(tmp_path: Path) -> None:
+    """Such as data that was moved to a larger disk; what it was made from stays with it."""
+    run = make_interrupted(tmp_path / "runs", 100.0)
+    (tmp_path / "runs/tasks/preprocess").rename(tmp_path / "larger disk")
+    (tmp_path / "runs/tasks/preprocess").symlink_to(tmp_path / "larger disk")
+    run_clean(run.storage, remove=True)
+    assert outputs(run) == {"ingest", "preprocess"}
+
+
+def test_a_version_in_a_registry_that_was_recorded_without_its_login_stays(tmp_path: Path) -> None:
     storage = make_storage(tmp_path / "runs", "postgresql://***@127.0.0.1/mlflow")
-    with pytest.raises(
-        ValueError, match=r"postgresql://\*\*\*@127.0.0.1/mlflow was recorded without its login: give --tr"
-    ):
-        list_items(storage)
+    _, text = run_clean(storage, remove=True)
+    assert_runs_are_kept(storage, "a", "b")
+    note = "the registry postgresql://***@127.0.0.1/mlflow was recorded without its login: give --tracking-uri"
+    assert text.count(note) == 1
+    assert not storage.exists(f"tasks/train/{key('c')}"), "what no registration needs goes all the same"
 
 
-def test_a_missing_registry_is_an_error(tmp_path: Path, registry: str) -> None:
-    storage = make_storage(tmp_path / "runs", f"sqlite:///{tmp_path}/moved.db")
-    with pytest.raises(ValueError, match=r"moved.db is not there.*give --tracking-uri"):
-        list_items(storage)
+def test_a_version_in_a_registry_that_is_not_there_stays(tmp_path: Path, registry: str) -> None:
+    recorded = f"sqlite:///{tmp_path}/moved.db"
+    storage = make_storage(tmp_path / "runs", recorded)
+    for options in ({}, {"tracking_uri": registry}):
+        _, text = run_clean(storage, remove=True, **options)
+        assert_runs_are_kept(storage, "a", "b")
+        assert f"moved.db is not there: if it has moved, give --tracking-uri and --moved-from {recorded}" in one_line(
+            text
+        )
+        assert ("--tracking-uri was not used" in text) == bool(options)
     assert not (tmp_path / "moved.db").exists(), "MLflow would have created an empty one"
-    assert f"tasks/train/{key('a')}" in {item.path for item in list_items(storage, registry) if item.needed}
+    run_clean(storage, remove=True, tracking_uri=registry, moved_from=recorded)
+    assert_runs_are_kept(storage, "a")
+    assert not storage.exists(f"tasks/train/{key('b')}"), "its version was deleted from the registry that has moved"
+
+
+def test_what_cannot_be_used_is_an_error(tmp_path: Path, storage: Storage, registry: str) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         clean(CleanOptions(str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match=r"moved_from = .*: give --tracking-uri"):
+        CleanOptions(moved_from=registry)
+    absent = f"sqlite:///{tmp_path}/absent.db"
+    with pytest.raises(ValueError, match=r"absent\.db is not there"):
+        run_clean(storage, tracking_uri=absent, moved_from=registry)
+
+
+def test_the_uri_of_one_registry_says_nothing_about_the_versions_in_others(tmp_path: Path, storage: Storage) -> None:
+    another = f"sqlite:///{tmp_path}/another.db"
+    client = MlflowClient(tracking_uri=another, registry_uri=another)
+    client.create_registered_model("m")  # it has no version 1
+    for run in ("here", "there"):
+        output = {"tracking_uri": another if run == "there" else "https://***@mlflow.corp", "uri": "models:/m/1"}
+        path = f"tasks/register/{key(run)}/manifest.json"
+        storage.write_json(path, {"task": "register", "attempt": "attempt-1", "inputs": {}, "output": output})
+        os.utime(Path(storage.uri) / path, (DAYS_AGO, DAYS_AGO))
+    run_clean(storage, remove=True, tracking_uri=another)
+    assert_runs_are_kept(storage, "a")
+    assert [is_there(storage, run) for run in ("here", "there")] == [True, False]
+
+
+def test_each_version_is_looked_up_in_the_registry_that_its_run_recorded(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--tracking-uri` gives the login of one registry, and says nothing about the others."""
+    asked = []
+
+    def versions(uri: str) -> set[str]:
+        asked.append(uri)
+        return {"models:/other/1"}
+
+    monkeypatch.setattr("pipeline.kept.check_server", lambda uri: None)
+    monkeypatch.setattr(
+        "pipeline.kept.registered_uris", lambda uri: versions(uri) if "corp" in uri else registered_uris(uri)
+    )
+    for run, number, recorded in (
+        ("masked", 1, "https://***@mlflow.corp"),
+        ("unmasked", 1, "https://mlflow.corp/"),
+        ("nowhere", 1, None),
+        ("deleted", 2, "https://***@mlflow.corp"),
+        ("elsewhere", 2, "https://***@another.corp"),
+    ):
+        output = {"tracking_uri": recorded, "uri": f"models:/other/{number}"}
+        path = f"tasks/register/{key(run)}/manifest.json"
+        storage.write_json(path, {"task": "register", "attempt": "attempt-1", "inputs": {}, "output": output})
+        os.utime(Path(storage.uri) / path, (DAYS_AGO, DAYS_AGO))
+    _, text = run_clean(storage, remove=True, tracking_uri="https://user:password@mlflow.corp")
+    assert_runs_are_kept(storage, "a")
+    assert set(asked) == {"https://user:password@mlflow.corp"}
+    left = {run for run in ("masked", "unmasked", "nowhere", "deleted", "elsewhere") if is_there(storage, run)}
+    assert left == {"masked", "unmasked", "nowhere", "elsewhere"}
+    assert text.count("another.corp was recorded without its login: give --tracking-uri") == 1
+    assert "password" not in text
+
+
+def test_a_version_in_a_registry_that_does_not_answer_stays(tmp_path: Path) -> None:
+    """A server that is down, a database without its driver, an URI that is none, and a file that is no database."""
+    (tmp_path / "damaged.db").write_bytes(b"no database" * 100)
+    registries = (
+        "http://127.0.0.1:9",
+        "mssql+nothing://127.0.0.1:9/m",
+        "file:///m",
+        f"sqlite:///{tmp_path}/damaged.db",
+    )
+    for number, uri in enumerate(registries):
+        storage = make_storage(tmp_path / f"runs{number}", uri)
+        _, text = run_clean(storage, remove=True)
+        assert_runs_are_kept(storage, "a", "b")
+        assert f"what its versions need stays, because the registry {uri} cannot be asked: " in one_line(text)
 
 
 def test_files_of_other_programs_and_what_is_behind_links_stay(storage: Storage, tmp_path: Path) -> None:

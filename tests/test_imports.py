@@ -102,11 +102,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pipeline.predict": (*GROUND, "pipeline.command", "pipeline.driver.progress", "pipeline.inference"),
     "pipeline.evaluate_version": ("pipeline.command", "pipeline.data", "pipeline.evaluation", "pipeline.registry"),
+    "pipeline.kept": (*GROUND, "pipeline.registry", "pipeline.tasks", "pipeline.tracking", "pipeline.workflow"),
     "pipeline.clean": (
         *GROUND,
         "pipeline.command",
         "pipeline.driver.progress",
-        "pipeline.registry",
+        "pipeline.kept",
         "pipeline.tasks",
         "pipeline.workflow",
     ),

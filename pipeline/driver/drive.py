@@ -83,6 +83,7 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
             keys = _keys_to_hold(run, tasks, options.force)
             lease = Lease(storage, keys, _Follow(run, tasks, progress))
             if keys:
+                run.record_keys()  # before the claim, whose inputs `clean` looks up there
                 held.enter_context(lease)
             if options.force:
                 run.forget(run.following(options.force))

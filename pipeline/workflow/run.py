@@ -4,6 +4,7 @@
     tasks/<name>/<key>/attempt-<run>-<id>/   what one attempt wrote; the manifest names the attempt that counts
     tasks/<name>/<key>/state/                what outlives an attempt that was cut off, such as checkpoints
     runs/<key>.json                          the unique id of the run
+    runs/<key>.tasks.json                    the keys of its tasks, for `clean`: an unfinished task has no manifest
     drivers/<key>/                           which driver works at the run or at a task with a state; see `lease.py`
 
 A task's key is the SHA-256 of its name, its version, the settings that decide its output and the keys of its inputs, so
@@ -122,8 +123,16 @@ class Run(Generic[C]):
     def identity(self) -> str:
         """Unique id of the run; made at the first call, and the same until a task of the run is forgotten."""
         if not self.storage.exists(self._identity_path):
+            self.record_keys()
             self.storage.write_json(self._identity_path, {"identity": uuid.uuid4().hex})
         return self.storage.read_json(self._identity_path)["identity"]
+
+    def record_keys(self) -> None:
+        """Writes down which tasks the run has, for those who see claims and unfinished tasks and nothing else of it.
+
+        Call it before the run is claimed. It writes the same each time, since the key of the run decides it.
+        """
+        self.storage.write_json(f"runs/{self.key}.tasks.json", self.keys)
 
     def manifest_path(self, task: str) -> str:
         """Storage path of the manifest of a task."""
@@ -132,6 +141,22 @@ class Run(Generic[C]):
     @property
     def _identity_path(self) -> str:
         return f"runs/{self.key}.json"
+
+
+def recorded_keys(storage: Storage) -> dict[str, dict[str, str]]:
+    """What runs have written by `record_keys`, by the keys of the runs; without files that are damaged."""
+    found = {}
+    for name in storage.list("runs"):
+        run = name.removesuffix(".tasks.json")
+        if run == name:
+            continue
+        try:
+            keys = storage.read_json(f"runs/{name}")
+        except (FileNotFoundError, ValueError):
+            continue
+        if isinstance(keys, dict) and run in keys.values() and all(isinstance(key, str) for key in keys.values()):
+            found[run] = keys
+    return found
 
 
 def read_manifest(storage: Storage, path: str, task: str) -> Manifest:
