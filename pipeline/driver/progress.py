@@ -12,7 +12,7 @@ from pipeline.data.image_progress import ImageProgress
 from pipeline.driver.trial_table import TrialTable, duration
 from pipeline.masking import mask, printable
 from pipeline.settings.config import PipelineConfig
-from pipeline.tasks.events import Said, TrialChanged
+from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged
 from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 # In a log, lines are not folded at the width of a terminal that is not there.
@@ -102,6 +102,8 @@ class Progress:
         self._follow_terminal()
         if isinstance(event, Said):
             self.say(f"{event.task:10} {escape(event.text)}")
+        elif isinstance(event, CheckpointsDamaged):
+            self.say(escape(f"{'train':10} warning: {event.warning}"))
         elif isinstance(event, WorkersStarted):
             for warning in filter(None, (event.open_ports, event.precision)):
                 self.say(escape(f"{'train':10} warning: {warning}"))

@@ -4,6 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.training.checkpoint_store import CheckpointsDamaged
+
+# The workers report it, which know no tasks; the display, which knows no checkpoints, takes it from here.
+__all__ = ["CheckpointsDamaged", "Said", "TrialChanged"]
+
 
 @dataclass(frozen=True)
 class Said:

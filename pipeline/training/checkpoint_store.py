@@ -12,6 +12,8 @@ import math
 import re
 import shutil
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,32 @@ class CheckpointError(RuntimeError):
             f"the checkpoint {path} could not be written: {cause}; the one before it is intact: fix the cause, and the "
             "same command continues from there"
         )
+
+
+@dataclass(frozen=True)
+class CheckpointsDamaged:
+    """The newest checkpoints were not what had been committed, so that a training loses what came after another one.
+
+    Attributes:
+        paths: Where they were, in order of position, without passwords.
+        epoch: Number of finished epochs in the checkpoint that is intact; 0 if there is none.
+        step: Number of steps in it after these.
+    """
+
+    paths: tuple[str, ...]
+    epoch: int = 0
+    step: int = 0
+
+    @property
+    def warning(self) -> str:
+        """What the person who waits should know."""
+        many = len(self.paths) > 1
+        what = f"the checkpoint{'s' if many else ''} {', '.join(self.paths)} {'are' if many else 'is'} damaged"
+        if self.step:
+            return f"{what} and removed: the training goes on after step {self.step} of epoch {self.epoch + 1}"
+        if self.epoch:
+            return f"{what} and removed: the training goes on after epoch {self.epoch}"
+        return f"{what} and removed, and none is intact: the training starts from the beginning"
 
 
 class CheckpointStore:
@@ -81,19 +109,35 @@ class CheckpointStore:
         self._prune()
         return name
 
-    def restore_newest(self, target: Path) -> str | None:
-        """Copies the newest intact checkpoint into the folder `target`; removes the damaged ones after it.
+    def restore_newest(self, target: Path, on_damage: Callable[[CheckpointsDamaged], None] | None = None) -> str | None:
+        """Copies the newest intact checkpoint into the folder `target`; removes those after it.
+
+        Args:
+            target: Folder that gets the files.
+            on_damage: Called once if some of those after it were damaged. One that was never committed is not: whoever
+                wrote it was killed.
 
         Returns:
             Its name, or None if there is none.
         """
+        unusable: list[str] = []
+        found = None
         for name in reversed(self._names()):
             if self.restore(name, target):
-                return name
-            where = mask(self._storage.absolute(self.path(name)))
-            logger.warning("the checkpoint %s is damaged: it is skipped", where)
+                found = name
+                break
+            unusable.insert(0, name)
+        damaged = [name for name in unusable if self._storage.exists(f"{self.path(name)}/{COMMIT_FILE}")]
+        if damaged:
+            paths = tuple(mask(self._storage.absolute(self.path(name))) for name in damaged)
+            epoch, step = map(int, found.split("-")[:2]) if found else (0, 0)
+            damage = CheckpointsDamaged(paths, epoch, step)
+            logger.warning(damage.warning)
+            if on_damage:
+                on_damage(damage)
+        for name in reversed(unusable):  # last, so that a kill before cannot take the warning with it
             self._remove(name)
-        return None
+        return found
 
     def restore(self, name: str, target: Path) -> bool:
         """Copies the checkpoint `name` into the folder `target`; returns whether the copy is what was committed."""

@@ -26,7 +26,7 @@ from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.own_model import OwnModel
-from pipeline.training.worker import EpochEnded, Worker
+from pipeline.training.worker import EpochEnded, Worker, val_score
 from pipeline.workers import environment, ray_internals, reserve
 from pipeline.workers.failures import why
 from pipeline.workers.in_process import TrainingError, train_in_process
@@ -64,7 +64,8 @@ def train(
         config: Training settings.
         manifest: Output of `preprocess`.
         storage, state: Where the shards are and, below `state`, the checkpoints go; the same for all attempts.
-        channel: Gets `EpochEnded` and `StepProgress` events; its stop request ends the training with a checkpoint.
+        channel: Gets `CheckpointsDamaged`, `EpochEnded` and `StepProgress` events; its stop request ends the training
+            with a checkpoint.
         initial_model: Storage path of the `.keras` file with the initial weights, if any.
 
     Returns:
@@ -148,7 +149,7 @@ def train(
     return {
         "history": history,
         "epochs": len(history),
-        "best_epoch": min(history, key=lambda epoch: epoch["val_loss"])["epoch"],
+        "best_epoch": min(history, key=val_score)["epoch"],
         "images_per_second": statistics.median(epoch["images_per_second"] for epoch in history),
         **{name: outcome[name] for name in ("num_workers", "gpus_per_worker", "device")},
         "checkpoint": checkpoint,
@@ -206,7 +207,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "checkpoint"
         # Rank 0 looks for the newest one, so that all workers continue from the same.
-        found = (store.restore_newest(checkpoint), _said_by_earlier_workers(settings)) if rank == 0 else None
+        found = None if rank else (store.restore_newest(checkpoint, channel.report), _said_by_earlier_workers(settings))
         newest, said = broadcast_from_rank_zero(found)
         if said:
             return said

@@ -15,7 +15,7 @@ from pipeline.driver import progress
 from pipeline.driver.progress import Progress
 from pipeline.driver.trial_table import duration
 from pipeline.settings.presets import quickstart
-from pipeline.tasks.events import Said, TrialChanged
+from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged
 from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 
@@ -46,6 +46,15 @@ def test_a_log_gets_plain_lines_and_none_for_each_step() -> None:
         "train      epoch 1/30: loss 2.0000, val_loss 1.9000, val_accuracy 0.5000, 450 images/s",
         "train      done in 12.3 s",
     ]
+
+
+def test_damaged_checkpoints_are_a_warning_on_one_line() -> None:
+    shown, out = plain()
+    with shown:
+        shown.reported(CheckpointsDamaged(("/runs/[1]/000011-000000000-ab",), 10))
+    (line,) = out.getvalue().splitlines()
+    said = "the checkpoint /runs/[1]/000011-000000000-ab is damaged and removed: the training goes on after epoch 10"
+    assert line.endswith(f"train      warning: {said}")
 
 
 def test_a_terminal_that_hangs_up_is_a_log_from_then_on() -> None:

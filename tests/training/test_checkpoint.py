@@ -12,7 +12,13 @@ import pytest
 from pipeline.storage import Storage
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainingState
-from pipeline.training.checkpoint_store import COMMIT_FILE, STATE_FILE, CheckpointError, CheckpointStore
+from pipeline.training.checkpoint_store import (
+    COMMIT_FILE,
+    STATE_FILE,
+    CheckpointError,
+    CheckpointsDamaged,
+    CheckpointStore,
+)
 
 DISK_BYTES = 2 << 20  # size of `small_disk`
 
@@ -74,6 +80,40 @@ def test_a_damaged_checkpoint_is_skipped(
     # It does not count among those that are kept.
     committed(storage, store, tmp_path / "made", (1, 5))
     assert [name[:16] for name in storage.list("checkpoints")] == ["000001-000000000", "000001-000000005"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "epoch", "step", "said"),
+    [
+        (1, 2, 7, " is damaged and removed: the training goes on after step 7 of epoch 3"),
+        (2, 2, 0, " are damaged and removed: the training goes on after epoch 2"),
+        (3, 0, 0, " are damaged and removed, and none is intact: the training starts from the beginning"),
+    ],
+)
+def test_what_is_lost_with_damaged_checkpoints_is_said_once(
+    storage: Storage, damaged: int, epoch: int, step: int, said: str, tmp_path: Path
+) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=3)
+    names = committed(storage, store, tmp_path / "made", (2, 0), (2, 7), (3, 0))
+    for name in names[-damaged:]:
+        cut(storage, f"{store.path(name)}/weights")
+    events: list[CheckpointsDamaged] = []
+    found = store.restore_newest(tmp_path / "target", events.append)
+    paths = tuple(storage.absolute(store.path(name)) for name in names[-damaged:])
+    assert events == [CheckpointsDamaged(paths, epoch, step)]
+    assert events[0].warning.endswith(f"{paths[-1]}{said}")
+    assert store.restore_newest(tmp_path / "target", events.append) == found
+    assert len(events) == 1
+
+
+def test_a_checkpoint_whose_writer_was_killed_is_not_called_damaged(storage: Storage, tmp_path: Path) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=2)
+    names = committed(storage, store, tmp_path / "made", (1, 0), (2, 0))
+    storage.delete(f"{store.path(names[1])}/{COMMIT_FILE}")
+    events: list[CheckpointsDamaged] = []
+    assert store.restore_newest(tmp_path / "target", events.append) == names[0]
+    assert not events
+    assert storage.list("checkpoints") == names[:1]
 
 
 def test_the_last_and_the_best_are_kept(storage: Storage, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from pipeline.settings.config import trained_configs
 from pipeline.settings.presets import quickstart
 from pipeline.storage import Storage
 from pipeline.training.batches import steps_per_epoch
-from pipeline.training.checkpoint_store import NAME
+from pipeline.training.checkpoint_store import NAME, CheckpointsDamaged, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.workers import train as training
 from pipeline.workers.in_process import TrainingError
@@ -178,6 +178,21 @@ def test_killed_workers_cost_time_and_nothing_else(
         straight.start()
         for name, value in straight.final_weights().items():
             np.testing.assert_allclose(weights[name], value, atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.long
+def test_a_damaged_checkpoint_is_said_to_who_waits_by_one_of_the_workers(
+    storage: Storage, manifest: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "arrays.npz").write_bytes(bytes(1000))
+    store = CheckpointStore(storage, "damaged/checkpoints", kept=2)
+    path = store.path(store.commit(tmp_path, 11, 0))
+    storage.write_bytes(f"{path}/arrays.npz", bytes(900))  # a disk has lost its end
+    run = Run(storage, manifest, "damaged", epochs=1, warmup_epochs=0)
+    run.start()
+    assert run.result()["epochs"] == 1
+    said = [event for event in run.channel.take() if isinstance(event, CheckpointsDamaged)]
+    assert said == [CheckpointsDamaged((storage.absolute(path),))]
 
 
 def test_a_worker_that_cannot_import_tensorflow_ends_in_an_error(
