@@ -107,9 +107,12 @@ def _in_uri(text: str) -> Iterator[str]:
     rest = found["rest"]
     yield from (item.group().partition("=")[2] for item in _IN_QUERY.finditer(rest))
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    login, at, _ = authority.rpartition("@") if "@" in authority else rest.partition("@")
+    inside = "@" in authority
+    login, at, _ = authority.rpartition("@") if inside else rest.partition("@")
     user, colon, password = login.partition(":")
-    if at and colon and password != user:
+    # Behind the authority an @ belongs to a path, as in the name of a home folder, unless it may end a password that
+    # has a slash: then there are an authority and a colon before it.
+    if at and authority and colon and password != user:
         yield password
-    elif at and not colon:
+    elif inside and not colon:
         yield user

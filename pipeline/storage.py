@@ -70,10 +70,13 @@ def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Stor
         tree: whether what is mounted below a folder must answer too, because all of it will be listed.
 
     Raises:
-        ValueError: if pyarrow knows no file system for the URI, or the storage does not answer or refuses to.
+        ValueError: if pyarrow knows no file system for the URI, it may mean another folder than a person who wrote it,
+            or the storage does not answer or refuses to.
     """
     if not uri.strip():  # as of a variable of the shell that is not set; it would be the folder of the command
         raise ValueError(f"{option} = {uri!r}: give a folder or a URI that pyarrow.fs takes")
+    if problem := _problem_of_file_uri(uri):
+        raise ValueError(f"{option} = {uri!r} {problem}")
     if _is_local(uri):
         check_path(uri.removeprefix("file://"), option, tree)
     elif why := check_store(uri, option):
@@ -83,6 +86,17 @@ def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Stor
             raise ValueError(str(error).replace("storage = ", f"{option} = ", 1)) from error
         raise ValueError(f"{option} = {uri!r} cannot be read and written: {why}")
     return Storage(uri)
+
+
+def _problem_of_file_uri(uri: str) -> str | None:
+    """Why a URI of a local folder is read in several ways, and the remedy; None if it is not."""
+    if not uri.startswith("file:"):
+        return None
+    if not uri.startswith("file:///"):  # a host, or a folder below the current one
+        return "is no URI of a folder: give the path, or file:///PATH"
+    if found := sorted(set("%?#") & set(uri)):  # `Storage` takes them as they are, and pyarrow decodes them
+        return f"has {' and '.join(found)}, which other programs read as parts of a URI: give the path, without file://"
+    return None
 
 
 def _is_local(uri: str) -> bool:

@@ -71,6 +71,48 @@ def test_the_secrets_of_this_process_are_hidden_however_they_are_quoted(monkeypa
 
 
 @pytest.mark.parametrize(
+    ("uri", "texts"),
+    [
+        (
+            "sqlite:////home/jane@corp.local/runs/mlflow.db",
+            ["/home/jane@corp.local/runs/report.html", "sqlite:////home/jane@corp.local/runs/other.db"],
+        ),
+        ("sqlite:////home/jane:ab/cdefg@corp/mlflow.db", ["ab/cdefg@corp/runs"]),
+        ("file:///home/jane@corp/runs", ["/home/jane@corp/runs/a.jpg", "//home/jane"]),
+        ("s3://photos/2026@home/flowers", ["s3://photos/2026@home/flowers/a.jpg", "photos/2026 is kept"]),
+        ("s3://photos?prefix=2026@home", ["photos?prefix=2026@home/a.jpg"]),
+        ("http://host/experiments#jane@corp", ["host/experiments#jane"]),
+    ],
+)
+def test_an_at_sign_in_a_path_makes_no_secret_of_what_stands_before_it(
+    uri: str, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--data.path", uri, f"--tracking.uri={uri}"])
+    for text in (uri, *texts):
+        assert mask(text) == text
+
+
+@pytest.mark.parametrize(
+    ("uri", "secret", "shown"),
+    [
+        ("http://user:pa/sswd@host/", "pa/sswd", "http://***@host/"),
+        ("mysql://user:hunter2/x#?@db/mlflow", "hunter2/x#?", "mysql://***@db/mlflow"),
+        # Not a login by its form: it may be a port, or a user's name with a slash. A library that quotes it hides it.
+        ("mysql://user:1234/x@db/mlflow", "1234/x", "mysql://user:***@db/mlflow"),
+        ("mysql://us/er:hunter2@db/mlflow", "hunter2", "mysql://us/er:***@db/mlflow"),
+        ("redis://:hunt/er2@db", "hunt/er2", "redis://:***@db"),
+        ("https://hunter2@host/a@b", "hunter2", "https://***@host/a@b"),
+    ],
+)
+def test_what_may_be_a_password_with_a_slash_is_hidden(
+    uri: str, secret: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--tracking.uri", uri])
+    assert mask(uri) == shown
+    assert mask(f"cannot connect with '{secret}'") == "cannot connect with '***'"
+
+
+@pytest.mark.parametrize(
     "piece",
     ["a.", "a:", "://", "a-b ", "secret ", "x@", "token=a&", "A" * 100, "Bearer ", "-----BEGIN PRIVATE KEY-----"],
 )

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -181,3 +182,23 @@ def test_a_storage_that_answers_is_opened(tmp_path: Path) -> None:
     assert open_storage(str(tmp_path / "not there yet")).root == str(tmp_path / "not there yet")
     with pytest.raises(ValueError, match=r"storage = 'nope://bucket': .*give a folder or a URI that pyarrow.fs takes"):
         open_storage("nope://bucket")
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("file://localhost/x", "is no URI of a folder: give the path, or file:///PATH"),
+        ("file:/x", "is no URI of a folder: give the path, or file:///PATH"),
+        ("file:///x/a%20b", "has %, which other programs read as parts of a URI: give the path, without file://"),
+        ("file:///x/a?b#c", "has # and ?, which other programs read as parts of a URI: give the path, without file://"),
+    ],
+)
+def test_a_uri_of_a_folder_that_may_mean_another_one_is_refused(uri: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'output = {uri!r} {problem}')}$"):
+        open_storage(uri, "output")
+
+
+def test_a_path_may_have_what_is_refused_in_a_uri(tmp_path: Path) -> None:
+    place = f"{tmp_path}/a%20b?c#d"
+    open_storage(place, "output").write_bytes("a", b"1")
+    assert (Path(place) / "a").read_bytes() == b"1"

@@ -179,6 +179,21 @@ def test_a_job_that_is_refused_leaves_its_output_as_it_was(
         predict(PredictOptions(str(model_folder[0]), str(tmp_path / "a.npz"), str(output)), silent())
 
 
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [("file://{}/a%20b", "has %, which"), ("file://localhost{}/a", "give the path, or file:///PATH")],
+)
+def test_an_output_that_would_go_to_a_place_that_nobody_named_is_refused(
+    uri: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", 1, ())
+    output = uri.format(tmp_path)
+    with pytest.raises(ValueError, match=rf"^output = '{output}' .*{problem}"):
+        predict(PredictOptions(str(tmp_path / "no-model"), str(tmp_path / "images"), output), silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_the_uri_of_a_model(model_folder: tuple[Path, list[np.ndarray]], registry: str, tmp_path: Path) -> None:
     folder, tracking_uri = model_folder[0], registry
     for uri in ("models:/tiny@champion", "models:/tiny", "models:/tiny/1"):
