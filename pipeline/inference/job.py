@@ -88,7 +88,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
     }
     output.write_json(DONE_FILE, done)
     for name in output.list(""):
-        if name.endswith(".tmp"):  # from processes that were killed while writing
+        # From processes that were killed while writing; other files are somebody's.
+        if name.startswith((PART_PREFIX, JOB_FILE, DONE_FILE)) and name.endswith(".tmp"):
             output.delete(name)
     new = {"images_per_second": progress.images_per_second, "devices": sorted(progress.devices)}
     return done | {"new_rows": progress.rows} | new

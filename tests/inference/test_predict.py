@@ -248,6 +248,7 @@ def test_a_killed_job_is_resumed(model_folder: tuple[Path, list[np.ndarray]], tm
     done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.parquet")}
     assert 10 <= len(done) < 150
     (killed / "part-000149.parquet.0.tmp").write_text("half of a file, as a killed process leaves it")
+    (killed / "notes.tmp").write_text("somebody's")
     again = start(killed)
     said, _ = again.communicate(timeout=200)
     assert again.returncode == 0
@@ -256,6 +257,7 @@ def test_a_killed_job_is_resumed(model_folder: tuple[Path, list[np.ndarray]], tm
     other = start(whole)
     other.communicate(timeout=200)
     files = sorted(path.name for path in whole.iterdir())
+    (killed / "notes.tmp").unlink()  # fails if it was deleted
     assert sorted(path.name for path in killed.iterdir()) == files
     assert all((killed / name).read_bytes() == (whole / name).read_bytes() for name in files)
     table = pq.read_table(killed)
