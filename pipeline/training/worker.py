@@ -16,7 +16,7 @@ class NotFinite(Exception):
 
 
 def val_score(metrics: Mapping[str, float]) -> float:
-    """The validation loss of an epoch as a score, lower is better: one that is NaN is worse than all others."""
+    """The validation loss of an epoch as a score, lower is better: one that is not finite is the worst."""
     loss = metrics["val_loss"]
     return loss if math.isfinite(loss) else math.inf
 
