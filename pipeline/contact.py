@@ -57,6 +57,13 @@ for point in points if sys.argv[1] == "tree" else ():
 """.decode()
 
 
+def problem_of_file_uri(uri: str) -> str | None:
+    """Why a `file:` URI names a host or a folder below the current one, and the remedy; None if it does not."""
+    if uri.startswith("file:") and not uri.startswith("file:///"):
+        return "is no URI of a folder: give the path, or file:///PATH"
+    return None
+
+
 def check_path(path: str, option: str, tree: bool = False) -> None:
     """Checks that the file system of a path on this host answers.
 

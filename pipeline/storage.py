@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipeline.contact import check_path, check_store
+from pipeline.contact import check_path, check_store, problem_of_file_uri
 
 
 class CorruptFileError(ValueError):
@@ -75,7 +75,7 @@ def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Stor
     """
     if not uri.strip():  # as of a variable of the shell that is not set; it would be the folder of the command
         raise ValueError(f"{option} = {uri!r}: give a folder or a URI that pyarrow.fs takes")
-    if problem := _problem_of_file_uri(uri):
+    if problem := _problem_of_uri(uri):
         raise ValueError(f"{option} = {uri!r} {problem}")
     if _is_local(uri):
         check_path(uri.removeprefix("file://"), option, tree)
@@ -88,13 +88,13 @@ def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Stor
     return Storage(uri)
 
 
-def _problem_of_file_uri(uri: str) -> str | None:
+def _problem_of_uri(uri: str) -> str | None:
     """Why a URI of a local folder is read in several ways, and the remedy; None if it is not."""
-    if not uri.startswith("file:"):
-        return None
-    if not uri.startswith("file:///"):  # a host, or a folder below the current one
-        return "is no URI of a folder: give the path, or file:///PATH"
-    if found := sorted(set("%?#") & set(uri)):  # `Storage` takes them as they are, and pyarrow decodes them
+    if problem := problem_of_file_uri(uri):
+        return problem
+    if uri.startswith("file:") and (
+        found := sorted(set("%?#") & set(uri))
+    ):  # `Storage` takes them as they are, and pyarrow decodes them
         return f"has {' and '.join(found)}, which other programs read as parts of a URI: give the path, without file://"
     return None
 

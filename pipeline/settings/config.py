@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 from perceiver.config import PerceiverConfig
+from pipeline.contact import problem_of_file_uri
 from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import source_of
 from pipeline.evaluation.config import EvaluationConfig
@@ -153,8 +154,8 @@ def _problem_of_path(storage: str) -> str | None:
         return "is no folder: give one"
     if CONTROL.search(storage) or "\n" in storage or "\t" in storage:
         return "has control characters: give a path without"
-    if storage.startswith("file:") and not storage.startswith("file:///"):
-        return "is no URI of a folder: give the path, or file:///PATH"
+    if problem := problem_of_file_uri(storage):
+        return problem
     if storage.startswith("~") and os.path.expanduser(storage) == storage:
         return "is in the home of a user that does not exist: give a path"
     return None
