@@ -33,6 +33,10 @@ from pipeline.devices import (
     used_device,
     used_gpus,
 )
+from pipeline.settings.presets import quickstart
+from pipeline.training.config import TrainingConfig
+from pipeline.training.worker import Worker
+from pipeline.workers import in_process
 
 ROOT = Path(__file__).parents[1]
 SEES_NONE = r"use.gpu: Ray gave a process on \S+ the GPU .* TensorFlow \S+, built .*, sees none there; NVIDIA's"
@@ -213,7 +217,38 @@ def test_a_precision_that_a_gpu_has_no_units_for_is_mentioned(
     monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(devices, "_gpus", lambda: [("V100", capability)])
-    assert re.search(expected, devices.precision_advice(precision))
+    assert re.search(expected, devices.precision_advice(precision, use_gpu=True))
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "flags", "expected"),
+    [
+        ("mixed_bfloat16", "x86_64", "fma avx2", "mixed_bfloat16 is slow on A CPU, .* no AVX-512, .* float32 suits it"),
+        ("mixed_float16", "x86_64", "fma avx2", "mixed_float16 is slow on A CPU"),
+        ("float32", "x86_64", "fma avx2", "^$"),
+        ("mixed_bfloat16", "x86_64", "fma avx2 avx512f avx512bw", "^$"),
+        ("mixed_bfloat16", "x86_64", "fma avx2 avx_vnni avx_ne_convert", "^$"),  # such as Sierra Forest
+        ("mixed_bfloat16", "aarch64", "", "^$"),
+    ],
+)
+def test_a_precision_that_a_processor_is_slow_at_is_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, machine: str, flags: str, expected: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "machine", lambda: machine)
+    assert re.search(expected, devices.precision_advice(precision, use_gpu=False))
+
+
+def test_a_trial_says_that_its_processor_is_slow_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(devices, "_multiplies_halves", lambda: False)
+    monkeypatch.setattr(in_process, "set_up_tensorflow", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.training.fit.fit", lambda *_: happened.append("trained"))
+    config = TrainingConfig(precision="mixed_bfloat16")
+    worker = Worker(report=lambda metrics, folder: None)
+    in_process.train_in_process(quickstart().model, config, None, None, worker, warn=happened.append)  # type: ignore[arg-type]
+    assert [line.partition(" is slow on")[0] for line in happened] == ["train.precision = mixed_bfloat16", "trained"]
 
 
 def test_workers_on_gpus_sum_with_nccl() -> None:

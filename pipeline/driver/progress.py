@@ -12,7 +12,7 @@ from pipeline.data.image_progress import ImageProgress
 from pipeline.driver.trial_table import TrialTable, duration
 from pipeline.masking import mask, printable
 from pipeline.settings.config import PipelineConfig
-from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged
+from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged, Warned
 from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 # In a log, lines are not folded at the width of a terminal that is not there.
@@ -41,6 +41,7 @@ class Progress:
         self._last_plain = self._start
         self._terminal_is_gone = False
         self._waits: dict[str, threading.Timer] = {}
+        self._warned: set[Warned] = set()
 
     def __enter__(self) -> "Progress":
         self._status.start()
@@ -102,11 +103,13 @@ class Progress:
         self._follow_terminal()
         if isinstance(event, Said):
             self.say(f"{event.task:10} {escape(event.text)}")
+        elif isinstance(event, Warned):
+            self._warn(event)
         elif isinstance(event, CheckpointsDamaged):
             self.say(escape(f"{'train':10} warning: {event.warning}"))
         elif isinstance(event, WorkersStarted):
             for warning in filter(None, (event.open_ports, event.precision)):
-                self.say(escape(f"{'train':10} warning: {warning}"))
+                self._warn(Warned("train", warning))
             workers = escape(", ".join(event.addresses))
             self._wait("train", f"the workers at {workers} to find each other and to take their first step")
         elif isinstance(event, TrialChanged):
@@ -123,6 +126,11 @@ class Progress:
             )
         elif isinstance(event, EpochEnded):
             self._show_epoch(event.metrics)
+
+    def _warn(self, warning: Warned) -> None:
+        if warning not in self._warned:  # workers that start again, and every trial, find the same
+            self._warned.add(warning)
+            self.say(escape(f"{warning.task:10} warning: {warning.text}"))
 
     def _follow_terminal(self) -> None:
         """Ends the live line when there is no terminal any more."""

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.training.checkpoint_store import CheckpointsDamaged
 
 # The workers report it, which know no tasks; the display, which knows no checkpoints, takes it from here.
-__all__ = ["CheckpointsDamaged", "Said", "TrialChanged"]
+__all__ = ["CheckpointsDamaged", "Said", "TrialChanged", "Warned"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,19 @@ class Said:
     Attributes:
         task: Name of the task.
         text: The line.
+    """
+
+    task: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A warning, which is shown once, since the processes of several trials may give the same.
+
+    Attributes:
+        task: Name of the task.
+        text: What the person who waits should know, on one line.
     """
 
     task: str

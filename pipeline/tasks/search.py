@@ -42,7 +42,13 @@ def run_search(context: Context, space: Space) -> dict[str, Any]:
     in_process = settings.workers_per_trial == 1
     rows = [trial_rows(context, split) for split in SPLITS] if in_process else []
     training = TrialTraining(
-        space.model, train, context.inputs["preprocess"], ray.put(rows), storage, f"{context.state}/checkpoints"
+        space.model,
+        train,
+        context.inputs["preprocess"],
+        ray.put(rows),
+        storage,
+        f"{context.state}/checkpoints",
+        context.channel,
     )
 
     def watch(trial: Trial, seconds_left: float | None, told: bool) -> None:

@@ -14,9 +14,10 @@ import ray
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
 from pipeline.storage import Storage
+from pipeline.tasks.events import Warned
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
-from pipeline.training.worker import EpochEnded, Worker
+from pipeline.training.worker import EpochEnded, Worker, WorkersStarted
 from pipeline.workers.in_process import train_in_process
 from pipeline.workflow.channel import Channel
 from tune.space import Sample, to_model, training_values
@@ -41,6 +42,7 @@ class TrialTraining:
         data: Training and validation rows, for trials in this process.
         storage: Where the shards are and the checkpoints go.
         state: Storage prefix of the checkpoints.
+        channel: Gets warnings, as `Warned`.
     """
 
     model: PerceiverConfig
@@ -49,6 +51,7 @@ class TrialTraining:
     data: "ray.ObjectRef[list[Rows]]"
     storage: Storage
     state: str
+    channel: Channel
 
     def __call__(self, sample: Sample, *, trial: str, report: Report) -> None:
         model, train = to_model(sample, self.model), replace(self.train, **training_values(sample))
@@ -57,7 +60,8 @@ class TrialTraining:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = Path(folder) / "checkpoint"
-                resume_from = checkpoint if store.restore_newest(checkpoint) else None
+                found = store.restore_newest(checkpoint, lambda damage: self._warn(f"{trial}: {damage.warning}"))
+                resume_from = checkpoint if found else None
                 if resume_from:
                     for metrics in json.loads((checkpoint / STATE_FILE).read_text())["history"]:
                         report(metrics, again=True)
@@ -92,7 +96,10 @@ class TrialTraining:
         rows, held_out = ray.get(self.data)
         worker = Worker(report=commit_and_report, resume_from=resume_from, keep_model=False)
         counts = self.manifest["splits"]["train"]["class_counts"]
-        train_in_process(model, train, rows, held_out, worker, counts, kept)
+        train_in_process(model, train, rows, held_out, worker, counts, kept, self._warn)
+
+    def _warn(self, text: str) -> None:
+        self.channel.report(Warned("search", text))
 
     def _on_workers(self, model: PerceiverConfig, train: TrainingConfig, state: str, report: Report) -> None:
         """Ray Train in a thread, since this one waits for what is decided about the trial after each epoch."""
@@ -111,6 +118,9 @@ class TrialTraining:
                         if isinstance(event, EpochEnded):
                             report(event.metrics)
                             reported = int(event.metrics["epoch"])
+                        elif isinstance(event, WorkersStarted):
+                            for warning in filter(None, (event.open_ports, event.precision)):
+                                self._warn(warning)
             except TrialStopped:
                 channel.request_stop()  # the workers leave, and with them what they hold of the cluster
                 wait([training])

@@ -1,13 +1,13 @@
 """Trains as one worker in the calling process: a trial of the search, or one Ray Train worker."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from perceiver.config import PerceiverConfig
 from pipeline.data.rows import Rows
 from pipeline.data.streamed_rows import StreamedRows
-from pipeline.devices import memory_errors, require_gpu, set_up_tensorflow
+from pipeline.devices import memory_errors, precision_advice, require_gpu, set_up_tensorflow
 from pipeline.training.config import TrainingConfig
 from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import InitialModelError, Interrupted, NotFinite, OwnModelError, Worker
@@ -29,8 +29,13 @@ def train_in_process(
     worker: Worker,
     class_counts: Sequence[int] | None = None,
     kept: "KeptModels | None" = None,
+    warn: Callable[[str], None] | None = None,
 ) -> None:
     """Trains as `worker` in this process, on `config.cpus_per_worker` CPUs; see `pipeline.training.fit.fit`.
+
+    Args:
+        model, config, train, validation, worker, class_counts, kept: Those of `fit`.
+        warn: Called with a line before the training if the device is slow at the precision.
 
     Raises:
         StoppedEarly: after a stop request.
@@ -53,6 +58,8 @@ def train_in_process(
         tf.config.experimental.enable_op_determinism()
     if config.use_gpu:
         require_gpu("train.use_gpu")
+    if warn and (advice := precision_advice(config.precision, config.use_gpu)):
+        warn(advice)
     try:
         with memory_errors(_memory_remedy(config, worker.num_workers)):
             fit(model, config, train, validation, worker, class_counts, kept)

@@ -105,7 +105,7 @@ def guard_port() -> Callable[[], None]:
 
 
 def _import_tensorflow(use_gpu: bool, precision: str) -> str:
-    """Imports TensorFlow and looks for the GPU, if there must be one; what there is to say of its precision."""
+    """Imports TensorFlow and looks for the GPU, if there must be one; what there is to say of the precision."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         importlib.import_module("tensorflow")
@@ -119,7 +119,7 @@ def _import_tensorflow(use_gpu: bool, precision: str) -> str:
             require_gpu("train.use_gpu")
         except GpuError as error:
             raise WorkerError(str(error)) from error
-    return precision_advice(precision) if use_gpu else ""
+    return precision_advice(precision, use_gpu)
 
 
 def _free_address() -> tuple[str, str]:

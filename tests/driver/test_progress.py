@@ -15,7 +15,7 @@ from pipeline.driver import progress
 from pipeline.driver.progress import Progress
 from pipeline.driver.trial_table import duration
 from pipeline.settings.presets import quickstart
-from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged
+from pipeline.tasks.events import CheckpointsDamaged, Said, TrialChanged, Warned
 from pipeline.training.worker import EpochEnded, StepProgress, WorkersStarted
 
 
@@ -202,6 +202,16 @@ def test_a_task_that_does_not_begin_says_for_what_it_waits(monkeypatch: pytest.M
     assert "train      has waited 0 s for the workers at a:1, b:2 to find each other and to take their first" in text
     assert text.count("has waited") == 3
     assert "train      warning: TensorFlow's port is open" in text
+
+
+def test_a_warning_that_comes_again_is_shown_once() -> None:
+    shown, out = plain()
+    with shown:
+        for _ in range(2):  # of two trials, and of workers that were started again
+            shown.reported(Warned("search", "slow [on] this"))
+            shown.reported(WorkersStarted(("a:1",), precision="slow [on] this"))
+    assert out.getvalue().count("search     warning: slow [on] this") == 1
+    assert out.getvalue().count("train      warning: slow [on] this") == 1
 
 
 def test_a_task_that_has_begun_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
