@@ -18,17 +18,20 @@ order, and trains on its share of each batch. A worker that holds only its own r
 The package needs only TF_CONFIG, and neither Ray nor the rest of this project. docs/multiworker.md lists what works,
 what is refused, and why.
 
+tf_config.py            what TF_CONFIG says of the workers
 proxies.py              keeps HTTP proxies out of the way of the workers
 rendezvous.py           waits until the workers reach one another
 enable.py               the methods of a model that are replaced
 data.py                 a replica's share of a global batch; batches that a worker has for itself
 iterators.py            batches that are released in the background
 functions.py            the functions that Keras calls for steps and predictions
+predictions.py          puts the predictions of the workers together
 xla_step.py             a training step with jit_compile=True
 one_replica.py          what Keras sees within a step: one replica, with sums over all
 metrics.py              metrics and logs over all replicas; finds batches that differ
 first_step.py           compares a step of one process with that of the workers
 comparison.py           whether two computations of a step found the same
+same_weights.py         compares the weights of the workers
 few_rows.py             the first rows of the first batch of all workers
 precision.py            the precision of this comparison
 exchange.py             what workers tell each other outside of a step

@@ -41,13 +41,17 @@ class BFloat16Replica(OneReplica):
 
     def __init__(self, model: keras.Model, *arguments: Any) -> None:
         super().__init__(*arguments)
-        sizes = [variable.shape for variable in model.trainable_variables]
-        if not model.built or not sizes:
+        self._model = model
+        if not model.built or not model.trainable_variables:
             raise ValueError(
                 "gradient_dtype='bfloat16' of a model that is not built: build it before multiworker.enable"
             )
-        # Created outside the strategy's scope, so that it is a variable of this process alone.
-        count = sum(tf.TensorShape(size).num_elements() for size in sizes)
+        self.begin_training()
+
+    def begin_training(self) -> None:
+        """Owes nothing for the variables that are trainable now: layers may have been frozen or unfrozen."""
+        # Each worker assigns its own, without an aggregation, so it is a variable of this process alone.
+        count = sum(tf.TensorShape(variable.shape).num_elements() for variable in self._model.trainable_variables)
         self._owed = tf.Variable(tf.zeros([count]), trainable=False)
 
     def _means_over_replicas(self, dense: list[tf.Tensor], requested: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:

@@ -1,8 +1,14 @@
 """Batches: the share of a global batch that each replica gets, and batches that a worker already has for itself."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+OTHER_ROWS = (
+    "the tensors of a batch have unequal numbers of rows, so that it cannot be divided among workers: what has no row "
+    "for each row of the batch, such as a table, may be an attribute of the model"
+)
 
 
 class Share(NamedTuple):
@@ -51,6 +57,7 @@ def shares(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> Any:
 def share(batch: Any, replica: int, replicas: int) -> Share:
     """Returns the rows of `batch` that belong to one of `replicas` replicas."""
     total = rows_of(batch)
+    refuse_other_rows(batch)
     start, stop = replica * total // replicas, (replica + 1) * total // replicas
     if isinstance(total, int):
         first, last = min(start, total - 1), max(stop, min(start, total - 1) + 1)
@@ -71,14 +78,35 @@ def rows_of(batch: Any) -> int | tf.Tensor:
     Raises:
         ValueError: if the batch contains no tensor that has rows.
     """
+    rows = next(_rows_of_each(batch), None)
+    if rows is None:
+        raise ValueError("a batch without a tensor that has rows cannot be divided among workers")
+    return rows
+
+
+def refuse_other_rows(batch: Any) -> None:
+    """Refuses a batch whose tensors have unequal numbers of rows, which would be cut as if all had the same.
+
+    Raises:
+        ValueError: if the numbers are known statically; otherwise the operations raise an InvalidArgumentError.
+    """
+    rows = list(_rows_of_each(batch))
+    known = {number for number in rows if isinstance(number, int)}
+    if len(known) > 1:
+        raise ValueError(f"{OTHER_ROWS} (rows of the tensors: {sorted(known)})")
+    for number in rows[1:]:
+        if not (isinstance(number, int) and isinstance(rows[0], int)):
+            tf.debugging.assert_equal(number, rows[0], OTHER_ROWS)
+
+
+def _rows_of_each(batch: Any) -> Iterator[int | tf.Tensor]:
     for value in tf.nest.flatten(batch):
         if isinstance(value, tf.RaggedTensor):
-            return value.nrows(out_type=tf.int32)
-        if isinstance(value, tf.SparseTensor):
-            return tf.cast(value.dense_shape[0], tf.int32)
-        if hasattr(value, "shape") and len(value.shape):
-            return value.shape[0] or tf.shape(value)[0]
-    raise ValueError("a batch without a tensor that has rows cannot be divided among workers")
+            yield value.nrows(out_type=tf.int32)
+        elif isinstance(value, tf.SparseTensor):
+            yield tf.cast(value.dense_shape[0], tf.int32)
+        elif hasattr(value, "shape") and len(value.shape):
+            yield value.shape[0] or tf.shape(value)[0]
 
 
 def with_a_row(batch: Any, rows: int | tf.Tensor) -> Any:

@@ -15,11 +15,12 @@ from .exchange import of_all_workers
 from .first_step import FirstStep, is_built
 from .functions import StepFunction, predict_function, shares_of_batch
 from .guard import guard_of
-from .iterators import BackgroundReleased
-from .keras_internals import EpochIterator, adopt, check_keras, local_spec, replaced
+from .iterators import BackgroundReleased, prepare
+from .keras_internals import EpochIterator, adopt, check_keras, iterator_of_validations, local_spec, replaced
 from .metrics import DIFFERENT_BATCHES, Logs, flat
 from .one_replica import MEANS, Note, OneReplica
 from .stop_signal import StopSignal
+from .tf_config import cluster
 from .writing_callbacks import WRITE, written_by_first
 from .xla_step import xla_train_step
 
@@ -66,8 +67,9 @@ def enable(
     Raises:
         RuntimeError: if the installed Keras lacks a private name that this package relies on.
         ValueError: if `batch_norm` is neither None nor "synchronize", if the model was created in another strategy than
-            MultiWorkerMirroredStrategy, or if a worker has several devices. The calls of the model raise it if a part
-            of the model or the data would differ on several workers; the message contains the part and the remedy.
+            MultiWorkerMirroredStrategy, in none although TF_CONFIG has several workers, or if a worker has several
+            devices. The calls of the model raise it if a part of the model or the data would differ on several workers;
+            the message contains the part and the remedy.
     """
     check_keras()
     if batch_norm not in (None, "synchronize"):
@@ -81,6 +83,12 @@ def enable(
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:
         _refuse_strategy(strategy)
+    elif (environment := cluster()).own and len(environment.workers) > 1:
+        raise ValueError(
+            "the model was made outside of the scope of the strategy, so that each worker of TF_CONFIG would train a "
+            "model of its own: make it, or load it, and compile it within `with strategy.scope():` of a "
+            "MultiWorkerMirroredStrategy. A model that this process alone uses needs no multiworker.enable"
+        )
     _MultiWorker(model, stop, note or (lambda moment, tensors: tensors), check, gradient_dtype).take_over()
 
 
@@ -163,12 +171,18 @@ class _MultiWorker:
         return called
 
     def _fit(self, given: inspect.BoundArguments) -> keras.callbacks.History:
-        callbacks = given.arguments.get("callbacks")
+        passed: Any = given.arguments.get("callbacks")
+        is_list_of_keras = isinstance(passed, keras.callbacks.CallbackList)
+        callbacks = passed.callbacks if is_list_of_keras else passed
         callbacks = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
         if not any(isinstance(callback, WRITE) for callback in callbacks):
             return self.keras_calls["fit"](*given.args, **given.kwargs)
-        with written_by_first(list(callbacks), self.model, self.guard.rank) as own:
-            given.arguments["callbacks"] = own
+        with contextlib.ExitStack() as stack:
+            own = stack.enter_context(written_by_first(list(callbacks), self.model, self.guard.rank))
+            if is_list_of_keras:
+                stack.enter_context(replaced(passed, "callbacks", own))
+            else:
+                given.arguments["callbacks"] = own
             history = self.keras_calls["fit"](*given.args, **given.kwargs)
         with self.guard.waiting():  # no worker returns before everything is written
             of_all_workers(self.strategy, self.guard.rank)
@@ -185,7 +199,7 @@ class _MultiWorker:
         if iterator is None:
             self._build(data_batch)
             return
-        if "reset" in vars(iterator):  # already prepared, see the end of this method
+        if vars(iterator).get("reset"):  # it is kept, and was prepared for an earlier validation
             return
         distributed = iterator._distributed_dataset
         spec = local_spec(distributed.element_spec)
@@ -193,15 +207,7 @@ class _MultiWorker:
         self._build(spec.data if isinstance(spec, Share) else spec)
         if self.several:
             self._refuse_other_numbers(iterator.num_batches)
-        cardinality = distributed.cardinality  # a property if distributed, else a method
-        cardinality = cardinality() if callable(cardinality) else cardinality
-        if cardinality == tf.data.UNKNOWN_CARDINALITY and not iterator.steps_per_epoch:
-            iterator._interrupted_warning = lambda: None  # the end of the data is how the number is found
-        if cardinality == tf.data.INFINITE_CARDINALITY:
-            # `fit` passes the same iterator for every validation and resets it each time. An iterator over endless data
-            # is kept, and continues where it is, because releasing one takes up to a minute (see BackgroundReleased).
-            iterator.reset()
-            iterator.reset = lambda: None
+        prepare(iterator, self.strategy, is_of_validations=iterator is iterator_of_validations(self.model))
 
     def _refuse_other_numbers(self, batches: int | None) -> None:
         """Raises a ValueError if Keras would end an epoch after other numbers of batches on other workers."""
@@ -232,6 +238,8 @@ class _MultiWorker:
     def _make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, tf.Tensor]]:
         if self.model.train_function is None or force:
             self._refuse_what_would_differ()
+            if isinstance(self.replica, BFloat16Replica):
+                self.replica.begin_training()
             step = self.model.train_step
             if self.model.jit_compile and type(self.model).train_step is keras.Model.train_step:
                 step = xla_train_step(self.model, self.replica)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from .data import Share, rows_of
+from .data import Share, refuse_other_rows, rows_of
 from .exchange import messages_of_all_workers
 
 ROWS = 8  # of the first batch, over all workers
@@ -27,6 +27,7 @@ def first_rows(batch: Any, strategy: tf.distribute.Strategy) -> Any:
     rows = batch.rows if isinstance(batch, Share) else None
     first = [local(value) for value in tf.nest.flatten(data)]
     first = [None if isinstance(value, tf.experimental.Optional) else value for value in first]
+    refuse_other_rows(first)
     count = int(local(rows)) if rows is not None else int(rows_of(first))
     wanted = min(count, -(-ROWS // strategy.num_replicas_in_sync))
     taken = take(tf.nest.pack_sequence_as(data, first), slice(0, wanted))

@@ -19,6 +19,7 @@ from .keras_internals import plain_variables, replaced
 from .metrics import Logs
 from .one_replica import OneReplica
 from .precision import computing_in_float64, computing_in_the_type_of_variables, in_float64, rounded_otherwise
+from .same_weights import refuse_other_weights
 from .vectors import packed, unpacked
 
 TRIALS = 2  # of how much rounding changes a step
@@ -80,8 +81,11 @@ class FirstStep:
             batch: First batch of the data, `Share`s or the batches of this worker.
 
         Raises:
-            ValueError: on all workers, if a value differs; the message contains its name and both values.
+            ValueError: on all workers, if a value differs; the message contains its name and both values. Or if the
+                workers have different weights.
         """
+        if self.compares:
+            refuse_other_weights(self.model, self.replica.strategy)
         data = first_rows(batch, self.replica.strategy)
         total = int(rows_of(data))
         parts = uneven_parts(total, self.replica.num_replicas)

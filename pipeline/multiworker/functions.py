@@ -13,6 +13,7 @@ from .iterators import BackgroundReleased
 from .keras_internals import collectives_that_are_repeated
 from .metrics import Logs
 from .one_replica import OneReplica
+from .predictions import received, rows_that_count, sent
 
 Step = Callable[[Any], tuple[dict[str, tf.Tensor], Any]]
 """Computes one replica's part of a step; returns its logs and its number of rows."""
@@ -136,25 +137,34 @@ def shares_of_batch(batch: Any, strategy: tf.distribute.Strategy) -> Share:
 def predict_function(model: keras.Model, replica: OneReplica, logs: Logs, guard: Guard) -> Callable[[Any], Any]:
     """Makes a function that returns the predictions for all rows of some global batches, in their order."""
     strategy = replica.strategy
+    structure: Any = None  # of the outputs, with their types
 
-    def predict_step(data: Any) -> Any:
+    def predict_step(data: Any) -> list[tuple[tf.Tensor, ...]]:
+        nonlocal structure
         if isinstance(data, Share):
             logs.add_batch(data.fingerprint)
             rows, data = data.rows, data.data
         else:
             rows = rows_of(data)
+        data = with_a_row(data, rows_of(data))
         with replica.batch(rows, None):
-            outputs = model.predict_step(with_a_row(data, rows_of(data)))
-        logs.compare_batches()
-        return tf.nest.map_structure(lambda value: value[:rows], outputs)
+            outputs = model.predict_step(data)
+        kept = [rows_that_count(value, rows, rows_of(data)) for value in tf.nest.flatten(outputs)]
+        structure = tf.nest.pack_sequence_as(outputs, [value.dtype for value, _ in kept])
+        logs.compare_batches(tf.add_n([misfits for _, misfits in kept]))
+        return [sent(value) for value, _ in kept]
 
     run = model._autoconvert_optionals(lambda data: strategy.run(predict_step, args=(data,)))
 
+    def predicted(batch: Any) -> Any:
+        parts = tf.nest.map_structure(lambda value: strategy.gather(value, axis=0), run(batch))
+        dtypes = tf.nest.flatten(structure)
+        outputs = [received(of_output, dtype) for of_output, dtype in zip(parts, dtypes, strict=True)]
+        return tf.nest.pack_sequence_as(structure, outputs)
+
     def predict(batches: Any) -> Any:
         with replica.view():
-            outputs = [
-                tf.nest.map_structure(lambda value: strategy.gather(value, axis=0), run(batch)) for batch in batches
-            ]
+            outputs = [predicted(batch) for batch in batches]
         return tf.nest.map_structure(lambda *values: tf.concat(values, 0), *outputs)
 
     if not model.run_eagerly:

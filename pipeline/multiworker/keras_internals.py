@@ -83,7 +83,15 @@ PRIVATE_NAMES: dict[str, tuple[Any, tuple[str, ...]]] = {
 # Attributes that are read. `check_keras` looks for them on objects that it creates.
 PRIVATE_ATTRIBUTES = {
     "Model": ("_loss_tracker", "_call_has_training_arg"),
-    "TFEpochIterator": ("_distributed_dataset", "_interrupted_warning", "steps_per_epoch", "reset"),
+    "TFEpochIterator": (
+        "_distributed_dataset",
+        "_interrupted_warning",
+        "_steps_seen",
+        "data_adapter",
+        "reset",
+        "steps_per_epoch",
+        "steps_per_execution",
+    ),
     "BaseOptimizer": ("_distribution_strategy",),
 }
 
@@ -111,6 +119,11 @@ def check_keras() -> None:
         for name in PRIVATE_ATTRIBUTES[kind]:
             if not hasattr(made, name):
                 raise RuntimeError(f"Keras {keras.__version__} has no {kind}.{name}: {remedy}")
+
+
+def iterator_of_validations(model: keras.Model) -> Any:
+    """The iterator that `fit` uses for all validations; None outside of a `fit` that validates."""
+    return getattr(model, "_eval_epoch_iterator", None)
 
 
 def local_spec(spec: Any) -> Any:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from .keras_internals import CompileMetrics, replaced
 from .one_replica import OneReplica
+from .predictions import OTHER_ROWS
 from .vectors import packed, unpacked
 
 _FACTOR = 0x5851F42D4C957F2D  # multiplier of Knuth's MMIX generator: mixes the order of the batches into their hash
@@ -19,6 +20,11 @@ DIFFERENT_BATCHES = (
     "same seed on every worker, give tf.data's shuffle a seed, and do not shard the data. Data of which every worker "
     "has only its own rows, such as ds.shard(...) or Ray's to_tf, is passed as multiworker.distribute(ds, strategy)"
 )
+_OTHER_ROWS = "an output has other rows than the batch"
+_MESSAGES = {
+    _DIFFERENT: DIFFERENT_BATCHES,
+    _OTHER_ROWS: OTHER_ROWS,
+}
 # Operations that call a function of TensorFlow, into which a graph gives no sight.
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall", "If", "StatelessIf", "While", "StatelessWhile", "Case")
 
@@ -96,10 +102,18 @@ class Logs:
                 found[name] = result_of[id(metric)] if part is None else result_of[id(metric)][part]
         return found
 
-    def compare_batches(self) -> None:
-        """Compares the batches that the workers have read until now; called in replica context."""
+    def compare_batches(self, misfits: tf.Tensor) -> None:
+        """Compares the batches that the workers have read until now; called in replica context.
+
+        Args:
+            misfits: Number of outputs of this worker whose rows are not those of the batch; any is refused by all.
+        """
         pieces = tf.cast(tf.bitcast(self.read, tf.uint16), tf.float64)
-        self._compare(*tf.split(self.replica.sum(tf.concat([pieces, tf.square(pieces)], 0)), 2))
+        total, squares, of_all = tf.split(
+            self.replica.sum(tf.concat([pieces, tf.square(pieces), [misfits]], 0)), [4, 4, 1]
+        )
+        self._compare(total, squares)
+        tf.debugging.Assert(of_all[0] == 0, [_OTHER_ROWS])
 
     def _compare(self, total: tf.Tensor, squares: tf.Tensor) -> None:
         """Asserts that all replicas have the same numbers, given the sums of the numbers and of their squares."""
@@ -112,14 +126,15 @@ class Logs:
         """Returns the result of `call`.
 
         Raises:
-            ValueError: if it found that the batches of the workers differ.
+            ValueError: if it found that the batches of the workers differ, or that an output has other rows.
         """
         try:
             return call()
         except tf.errors.InvalidArgumentError as error:
-            if _DIFFERENT not in str(error):
+            message = next((message for sign, message in _MESSAGES.items() if sign in str(error)), None)
+            if message is None:
                 raise
-            raise ValueError(DIFFERENT_BATCHES) from None
+            raise ValueError(message) from None
 
     def _single_metrics(self) -> Iterator[keras.Metric]:
         for metric in self.model.metrics:

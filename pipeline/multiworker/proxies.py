@@ -1,14 +1,13 @@
 """Keeps HTTP proxies out of the way of the workers."""
 
-import json
 import os
+
+from .tf_config import cluster
 
 
 def bypass_proxies() -> None:
     """Takes the workers in TF_CONFIG off the HTTP proxy of the environment, where gRPC would look for them in vain."""
-    jobs = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster", {})
-    addresses = [address for job in ("chief", "worker") for address in jobs.get(job, [])]
-    hosts = [address.rpartition(":")[0].strip("[]") for address in addresses]
+    hosts = [address.rpartition(":")[0].strip("[]") for address in cluster().workers]
     for name in ("no_proxy", "no_grpc_proxy"):  # gRPC reads the second alone where it is set
         present = os.environ.get(name) or (os.environ.get("NO_PROXY", "") if name == "no_proxy" else "")
         if hosts and (present or name == "no_proxy"):

@@ -5,12 +5,12 @@ It would do so in C++ with Python's lock held, so that nothing could end it but 
 
 import contextlib
 import errno
-import json
-import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
+
+from .tf_config import cluster
 
 START_SECONDS = 300.0
 """How long `wait_for_workers` waits unless told otherwise."""
@@ -32,11 +32,10 @@ def wait_for_workers(seconds: float = START_SECONDS) -> None:
     Raises:
         TimeoutError: if some are not reached by then; names them and the remedy.
         OSError: if the port of this worker is taken.
+        ValueError: if TF_CONFIG is not of the form that TensorFlow wants.
     """
-    tf_config = json.loads(os.environ.get("TF_CONFIG") or "{}")
-    jobs, task = tf_config.get("cluster", {}), tf_config.get("task", {})
-    own = jobs.get(task.get("type"), [None] * (task.get("index", 0) + 1))[task.get("index", 0)]
-    others = [address for job in ("chief", "worker") for address in jobs.get(job, []) if address != own]
+    workers, own = cluster()
+    others = [address for address in workers if address != own]
     if own is None or not others:
         return
     with listening(int(own.rpartition(":")[2])):
@@ -75,16 +74,25 @@ def unreached(addresses: Sequence[str], seconds: float) -> list[str]:
 
 def why_unreached(addresses: Sequence[str], seconds: float) -> str:
     """What is wrong, and what to do about it."""
+    unknown = [address for address in addresses if not _is_known(address)]
     return (
         f"the workers at {', '.join(addresses)} cannot be reached from {socket.gethostname()} within {seconds:g} s: "
-        "see whether they have been started, and let the hosts of the workers connect to one another at all TCP ports "
-        "(firewall, security group)"
+        + (f"the host of {', '.join(unknown)} has no address here (DNS, /etc/hosts); " if unknown else "")
+        + "see whether they have been started, and let the hosts of the workers connect to one another at all TCP "
+        "ports (firewall, security group)"
     )
+
+
+def _is_known(address: str) -> bool:
+    """Whether the name of a host can be resolved."""
+    with contextlib.suppress(OSError, UnicodeError):
+        return bool(socket.getaddrinfo(address.rpartition(":")[0].strip("[]"), None))
+    return False
 
 
 def _connects(address: str, seconds: float) -> bool:
     host, _, port = address.rpartition(":")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):  # the second for a name such as "a..b"
         socket.create_connection((host.strip("[]"), int(port)), min(_TRY_SECONDS, seconds)).close()
         return True
     return False

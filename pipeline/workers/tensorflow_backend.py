@@ -126,7 +126,14 @@ def _free_address() -> tuple[str, str]:
     """Address of a free port, and why the kernel would not close it to strangers; empty if it would."""
     host = get_node_ip_address()
     refusal = ""
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+    try:
+        server = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise WorkerError(
+            f"the worker on {socket.gethostname()} cannot listen at {host}, which is the address of that host in Ray "
+            f"({error}): start Ray there with --node-ip-address and an address that the host itself has"
+        ) from error
+    with server:
         port = server.getsockname()[1]
         try:
             restrict(port, [LOOPBACK])

@@ -118,3 +118,64 @@ def weights_that_are_made_in_the_step_unchecked(worker: Worker) -> Result:
     """the same with `enable(model, check=False)`"""
     model = worker.compiled(BuiltInItsStep, enable={"check": False})
     return fitted(model, dataset(X[:96, :2], X[:96, 2:], T[:96], size=8))
+
+
+@case(learns=False, slow=False)
+def predict_several_rows_for_each(worker: Worker) -> Result:
+    """`predict` of a model that gives a row for each step of each sequence"""
+
+    def make() -> keras.Model:
+        sequences = keras.Input((5, 4))
+        steps = keras.layers.Lambda(lambda x: tf.reshape(x, [-1, 4]))(sequences)
+        return keras.Model(sequences, [steps, keras.layers.Flatten()(sequences)])
+
+    x = np.random.default_rng(3).normal(size=(21, 5, 4)).astype(np.float32)
+    steps, whole = worker.compiled(make, "mse").predict(x, batch_size=8, verbose=0)
+    np.testing.assert_array_equal(steps, x.reshape(-1, 4))
+    return {"steps": steps, "whole": whole}
+
+
+@case(learns=False, slow=False)
+def predict_other_types(worker: Worker) -> Result:
+    """`predict` of bfloat16, as with mixed precision, and of bool, small integers, complex numbers and strings"""
+    types = ("bfloat16", "float16", "bool", "uint8", "int16", "uint32", "int64", "uint64", "complex64")
+
+    class Typed(keras.Model):
+        def call(self, x: Any) -> Any:
+            return x
+
+        def predict_step(self, data: Any) -> Any:
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+            found = {name: tf.cast(tf.abs(x) * 9, name) for name in types}
+            return found | {"string": tf.strings.as_string(x) + "\u00e4"}
+
+    predicted = worker.compiled(Typed, "mse").predict(X, batch_size=BATCH, verbose=0)
+    for name in types:
+        np.testing.assert_array_equal(predicted[name], tf.cast(tf.abs(X) * 9, name).numpy(), err_msg=name)
+        assert predicted[name].dtype == tf.as_dtype(name).as_numpy_dtype, name
+    np.testing.assert_array_equal(predicted["string"], (tf.strings.as_string(X) + "\u00e4").numpy())
+    return {"rows": len(predicted["bool"])}
+
+
+class Statistics(keras.Model):
+    """A model that predicts a number of the batch, and some numbers for each batch."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def call(self, x: Any) -> Any:
+        return tf.reshape(x, [-1])[: self.numbers]
+
+
+@case("neither a row for each row of the batch")
+def predict_other_rows(worker: Worker) -> Result:
+    """`predict` of a model that gives a number for the batch"""
+    return {"predicted": worker.compiled(lambda: Statistics(1), "mse").predict(X, batch_size=BATCH, verbose=0)}
+
+
+@case("neither a row for each row of the batch")
+def predict_as_many_rows_for_any_batch(worker: Worker) -> Result:
+    """`predict` of a model that gives as many numbers for a batch of any size"""
+    model = worker.compiled(lambda: Statistics(5), "mse")
+    return {"predicted": model.predict(X, batch_size=BATCH, verbose=0)}

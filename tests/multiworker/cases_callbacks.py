@@ -158,3 +158,14 @@ def files_of_ones_own_on_the_chief(worker: Worker) -> Result:
     result = fitted(mlp(worker), X, Y, callbacks=[Save()])
     assert worker.rank or os.path.getsize(path)
     return result
+
+
+@case()
+def list_of_callbacks(worker: Worker) -> Result:
+    """`CallbackList` of a `ModelCheckpoint` and a `CSVLogger`, each with one path for all workers"""
+    model, path, table = mlp(worker), worker.folder / "last.weights.h5", worker.folder / "log.csv"
+    save = keras.callbacks.ModelCheckpoint(path, save_weights_only=True)
+    callbacks = keras.callbacks.CallbackList([save, keras.callbacks.CSVLogger(table)], add_history=True, model=model)
+    model.fit(X, Y, callbacks=callbacks, **FIT)
+    assert len(callbacks.callbacks) == 3
+    return outcome(model, model.history.history, lines=len(table.read_text().splitlines())) | written(path)

@@ -240,3 +240,25 @@ def distributed_batches(worker: Worker) -> Result:
 def validation_split(worker: Worker) -> Result:
     """`validation_split`"""
     return fitted(mlp(worker), X, Y, validation_split=0.3)
+
+
+@case(slow=False)
+def endless_validation_data(worker: Worker) -> Result:
+    """endless `validation_data`, of which each validation takes the first `validation_steps` batches anew"""
+    data = dataset(X, Y).repeat()
+    return fitted(mlp(worker), data, steps_per_epoch=STEPS, epochs=3, validation_data=data, validation_steps=3)
+
+
+@case("unequal numbers of rows")
+def a_table_in_the_batch(worker: Worker) -> Result:
+    """a batch with a tensor that has other rows, such as a table"""
+    table = tf.constant([[0.1], [0.2], [0.3]])
+    return fitted(worker.compiled(classifier, CROSSENTROPY), dataset(X, Y).map(lambda x, y: ((x, table), y)))
+
+
+@case("unequal numbers of rows")
+def a_table_of_any_size_in_the_batch(worker: Worker) -> Result:
+    """the same, where the number of rows is not known before"""
+    table = tf.data.Dataset.from_tensors(tf.constant([[0.1], [0.2], [0.3]])).unbatch().batch(3).repeat()
+    data = tf.data.Dataset.zip((dataset(X), table, dataset(Y))).map(lambda x, t, y: ((x, t), y))
+    return fitted(worker.compiled(classifier, CROSSENTROPY), data)

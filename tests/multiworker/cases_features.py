@@ -272,3 +272,17 @@ def resident() -> int:
     """Bytes of memory that this process holds, files left out."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+@case(learns=False, stock=False)
+def bfloat16_gradients_after_freezing(worker: Worker) -> Result:
+    """`gradient_dtype="bfloat16"`, and a layer that is frozen before another `compile`"""
+    model = mlp(worker, enable={"gradient_dtype": "bfloat16"})
+    losses = fitted(model, X, Y)["loss"]
+    model.layers[0].trainable = False
+    with worker.strategy.scope():
+        model.compile(sgd(), CROSSENTROPY)
+    before = model.layers[0].get_weights()[0]
+    losses += fitted(model, X, Y)["loss"]
+    np.testing.assert_array_equal(model.layers[0].get_weights()[0], before)
+    return {"losses": np.round(losses, 2), "falls": losses[-1] < losses[0]}

@@ -225,3 +225,42 @@ def optimizer_made_outside_of_the_scope(worker: Worker) -> Result:
     """an optimizer that is made before the scope of the strategy"""
     optimizer = keras.optimizers.Adam(0.01)
     return fitted(worker.compiled(classifier, CROSSENTROPY, lambda: optimizer), X, Y)
+
+
+@case("the workers have different weights: .*kernel")
+def weights_of_one_worker(worker: Worker) -> Result:
+    """weights that one worker alone has loaded"""
+    model = worker.compiled(classifier, CROSSENTROPY)
+    if worker.rank:
+        model.set_weights([value + 0.01 for value in model.get_weights()])
+    return fitted(model, X, Y)
+
+
+@case("the workers have different weights: .*mean")
+def adapted_to_unequal_rows(worker: Worker) -> Result:
+    """Normalization that each worker has adapted to its own rows"""
+
+    def make() -> keras.Model:
+        norm = keras.layers.Normalization()
+        norm.adapt(X[worker.rank :: worker.num_workers])
+        return keras.Sequential([keras.layers.Input((4,)), norm, keras.layers.Dense(2, "softmax")])
+
+    return fitted(worker.compiled(make, CROSSENTROPY), X, Y)
+
+
+@case("the workers have different weights: .*learning_rate")
+def learning_rate_of_one_worker(worker: Worker) -> Result:
+    """a learning rate that differs between the workers"""
+    optimizer = lambda: keras.optimizers.SGD(0.1 * (worker.rank + 1))  # noqa: E731
+    model = worker.compiled(classifier, CROSSENTROPY, optimizer)
+    if worker.rank:
+        model.optimizer.learning_rate.assign(0.3)
+    return fitted(model, X, Y)
+
+
+@case("outside of the scope of the strategy")
+def made_outside_of_the_scope(worker: Worker) -> Result:
+    """a model that is made outside of the scope of the strategy"""
+    model = classifier()
+    model.compile("sgd", CROSSENTROPY)
+    return fitted(worker.enable(model), X, Y)

@@ -75,6 +75,50 @@ def test_one_process_trains_the_same_with_and_without() -> None:
         np.testing.assert_allclose(enabled[name], values, atol=1e-6, err_msg=name)
 
 
+def test_each_validation_takes_the_first_batches_of_endless_data() -> None:
+    def losses(enabled: bool) -> list[float]:
+        model, data = classifier(), tf.data.Dataset.from_tensor_slices(rows()).batch(16).repeat()
+        if enabled:
+            multiworker.enable(model)
+        history = model.fit(
+            data, steps_per_epoch=2, epochs=3, validation_data=data, validation_steps=2, shuffle=False, verbose=0
+        )
+        return list(history.history["val_loss"])
+
+    np.testing.assert_allclose(losses(enabled=True), losses(enabled=False), atol=1e-6)
+
+
+class _Validations(keras.callbacks.Callback):
+    """Keeps the iterators of the validations and their losses, and ends the first one after a batch."""
+
+    def __init__(self, *, ends_the_first: bool) -> None:
+        super().__init__()
+        self.ends_the_first = ends_the_first
+        self.iterators: list[object] = []
+        self.losses: list[float] = []
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        # A private name of Keras: without it `iterator_of_validations` finds nothing, and each validation is slow.
+        self.iterators.append(self.model._eval_epoch_iterator._current_iterator)
+        self.model.stop_evaluating = self.ends_the_first and not self.losses
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self.losses.append(logs["loss"])
+
+
+@pytest.mark.parametrize("ends_the_first", [False, True])
+def test_validations_on_endless_data_share_an_iterator_unless_one_is_cut_short(ends_the_first: bool) -> None:
+    model, data = classifier(), tf.data.Dataset.from_tensor_slices(rows()).batch(16).repeat()
+    model.optimizer.learning_rate = 0.0  # so that only the batches decide about the losses
+    multiworker.enable(model)
+    seen = _Validations(ends_the_first=ends_the_first)
+    settings = {"steps_per_epoch": 1, "validation_steps": 2, "shuffle": False, "verbose": 0}
+    model.fit(data, epochs=3, validation_data=data, callbacks=[seen], **settings)
+    assert len({id(iterator) for iterator in seen.iterators}) == 1 + ends_the_first
+    assert seen.losses[1] == seen.losses[2] == model.evaluate(data, steps=2, verbose=0)[0]
+    assert (seen.losses[0] == seen.losses[1]) != ends_the_first
+
+
 def test_a_stop_is_agreed_on_in_a_step_and_not_before() -> None:
     model, (x, y), stop = classifier(), rows(), multiworker.StopSignal()
     multiworker.enable(model, stop)

@@ -12,12 +12,19 @@ from typing import Any
 import pytest
 from test_survival import Run, manifest, storage  # noqa: F401  its fixtures
 
+from pipeline.multiworker import rendezvous
 from pipeline.storage import Storage
+from pipeline.workers import tensorflow_backend
 from pipeline.workers import train as training
 from pipeline.workers.in_process import TrainingError
-from pipeline.workers.tensorflow_backend import TensorFlowConfig, _listen, _TensorFlowBackend
+from pipeline.workers.tensorflow_backend import TensorFlowConfig, WorkerError, _listen, _TensorFlowBackend
 
 MULTIWORKER = Path(__file__).parents[2] / "pipeline" / "multiworker"
+# TensorFlow, which takes 5 s to import, is not needed: two modules of the package, without what it imports itself.
+ALONE = (
+    "import sys, time, types; package = sys.modules['alone'] = types.ModuleType('alone'); "
+    "package.__path__ = [sys.argv[1]]; from alone import rendezvous; "
+)
 
 
 def firewalled() -> type[TensorFlowConfig]:
@@ -70,9 +77,7 @@ def test_a_training_whose_workers_do_not_reach_one_another_ends(
 
 
 def test_a_script_says_for_whom_it_waits_and_ends() -> None:
-    # Nothing of TensorFlow is needed, which takes 5 s to import: the module alone.
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import rendezvous; rendezvous.SAY_SECONDS = 0.5; "
-    code += "rendezvous.wait_for_workers(1.5)"
+    code = ALONE + "rendezvous.SAY_SECONDS = 0.5; rendezvous.wait_for_workers(1.5)"
     environment = os.environ | {
         "TF_CONFIG": '{"cluster": {"worker": ["127.0.0.1:0", "127.0.0.1:9"]}, "task": {"type": "worker", "index": 0}}'
     }
@@ -85,8 +90,25 @@ def test_a_script_says_for_whom_it_waits_and_ends() -> None:
     assert "firewall" in last
 
 
+@pytest.mark.parametrize("host", ["worker-3.invalid", "a..b"])
+def test_a_host_without_an_address_is_named(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    def lookup(name: str, *_: Any, **__: Any) -> list[Any]:
+        name.encode("idna")
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    assert rendezvous.unreached([f"{host}:1"], 0) == [f"{host}:1"]
+    assert f"the host of {host}:1 has no address here" in rendezvous.why_unreached([f"{host}:1"], 1)
+
+
+def test_an_address_of_ray_that_the_host_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorflow_backend, "get_node_ip_address", lambda: "192.0.2.1")  # of no host (RFC 5737)
+    with pytest.raises(WorkerError, match=r"cannot listen at 192\.0\.2\.1.*--node-ip-address"):
+        tensorflow_backend._free_address()
+
+
 def test_workers_that_start_one_after_the_other_find_each_other() -> None:
-    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import rendezvous; time.sleep(float(sys.argv[2])); "
+    code = ALONE + "time.sleep(float(sys.argv[2])); "
     # Then each takes its port again, as TensorFlow's server does.
     code += "rendezvous.wait_for_workers(20); server = rendezvous.listening(int(sys.argv[3])); time.sleep(2)"
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
