@@ -113,6 +113,48 @@ def test_what_may_be_a_password_with_a_slash_is_hidden(
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("pipeline", "python pipeline/run.py, and the pipeline was fast"),
+        ("cifar100", "cifar100: perceiver"),
+        ("Perceiver", "tracking.experiment = perceiver"),
+        ("token", "a token of five letters"),
+        ("      ", "what      is apart"),
+        ("100000", "100000 rows, batch 100000"),
+        ("***", "***"),
+        ("", "nothing"),
+        ("geheimnis", "Geheimnisse, mygeheimnis_1"),
+        ("20261127", "file-120261127, 0.20261127, 20261127.5"),
+    ],
+)
+def test_words_and_numbers_of_a_text_stay_although_a_secret_is_one_of_them(
+    value: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", value)
+    assert mask(text) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "expected"),
+    [
+        ("geheimnis", r"user:geheimnis. %3Dgeheimnis&x \ngeheimnis", r"user:***. %3D***&x \n***"),
+        ("geheimnis\n", "user:geheimnis.", "user:***."),
+        ("20261127", "PIN '20261127'.", "PIN '***'."),
+        ("letme1n", "xletme1nx", "x***x"),
+        ("pipeline", "HF_TOKEN=pipeline, https://me:pipeline@host", "HF_TOKEN=***, https://***@host"),
+        ('pa"ss\\wörd', r'{"x": "pa\"ss\\w\u00f6rd"}', '{"x": "***"}'),
+        ('pa"ss\\wörd', "?x=pa%22ss%5Cw%C3%B6rd", "?x=***"),
+        ("it's\ttrue", repr("it's\ttrue"), '"***"'),
+    ],
+)
+def test_a_secret_is_hidden_where_it_stands_and_however_it_is_written(
+    value: str, text: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", value)
+    assert mask(text) == expected
+
+
+@pytest.mark.parametrize(
     "piece",
     ["a.", "a:", "://", "a-b ", "secret ", "x@", "token=a&", "A" * 100, "Bearer ", "-----BEGIN PRIVATE KEY-----"],
 )

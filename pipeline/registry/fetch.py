@@ -130,7 +130,7 @@ def resolve(uri: str, tracking_uri: str | None) -> str:
     if tracking_uri is None:
         raise ValueError(f"model = {uri!r}: give --tracking-uri, the URI of its registry")
     if not has_database(tracking_uri):  # MLflow would create an empty one
-        raise ValueError(f"model = {uri!r}: there is no {tracking_uri}: give --tracking-uri, the URI of its registry")
+        raise ValueError(f"model = {uri!r}: {_no_registry(tracking_uri)}")
     if not tracking_uri.startswith(("http://", "https://")):  # a server is asked below, with more patience
         check_server(tracking_uri)
     name, version = parts["name"], parts["version"]
@@ -144,6 +144,16 @@ def resolve(uri: str, tracking_uri: str | None) -> str:
         state = f"{tracking_uri} does not answer" if is_transient(error) else f"it is not in {tracking_uri}"
         raise ValueError(f"model = {uri!r}: {state}: {error.message}") from error
     return f"models:/{name}/{version}"
+
+
+def _no_registry(tracking_uri: str) -> str:
+    """Says why there is no registry in the SQLite file of a URI, and the remedy."""
+    file = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    why = f"{file} is no database of MLflow" if file.exists() else f"{file} is not there"
+    return (
+        f"tracking-uri = {tracking_uri}: {why}: give --tracking-uri the URI of the registry: http://HOST:PORT, or "
+        "sqlite:/// and the path of a file that is there, such as the mlflow.db of a storage folder"
+    )
 
 
 def is_registered(uri: str, tracking_uri: str) -> bool:
@@ -217,9 +227,7 @@ def registered_uris(tracking_uri: str) -> set[str]:
         ValueError: If there is none, which MLflow would create.
     """
     if not has_database(tracking_uri):
-        raise ValueError(
-            f"the registry {tracking_uri} is not there, so what it needs is not known: give --tracking-uri"
-        )
+        raise ValueError(_no_registry(tracking_uri))
     client = open_client(tracking_uri)
     found, token = set(), None
     while True:

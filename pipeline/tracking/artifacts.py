@@ -114,10 +114,12 @@ def check_artifacts(tracking_uri: str, experiment: str, artifact_location: str |
     A tracking server that does not answer is not the matter of this check.
 
     Raises:
-        ValueError: if it takes none, or if the server refuses the login; names the location and the remedy.
+        ValueError: if it takes none, if the server refuses the login or lets it only read, or if it is too old; names
+            the location and the remedy.
     """
     try:
         tracker = Tracker(tracking_uri, experiment, artifact_location)
+        tracker.check_writing()
     except TrackingError as error:
         if is_transient(error) or is_conflict(error):
             return

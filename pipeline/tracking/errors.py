@@ -2,6 +2,7 @@
 
 import re
 import time
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -17,6 +18,12 @@ RETRY_SECONDS = 2.0
 REFUSALS = {"BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"}
 # Those of HTTP's 401 and 403.
 LOGIN_REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+# Statuses of HTTP by which a server, or a proxy before it, refuses what was sent, such as a file that is too large.
+REFUSING_STATUSES = {400, 413, 414, 415, 422, 431}
+# 407 is that of a proxy.
+LOGIN_STATUSES = {401, 403, 407}
+# Packages of databases and of stores of artifacts whose errors are neither MLflow's nor OSErrors.
+STORE_PACKAGES = {"azure", "boto3", "botocore", "google", "s3transfer", "sqlalchemy"}
 # Of SQLAlchemy, SQLite, PostgreSQL, MySQL and SQL Server.
 CONFLICT = re.compile(
     r"expected to update \d+ row|UNIQUE constraint failed|duplicate key value|Duplicate entry"
@@ -34,9 +41,35 @@ def is_transient(error: Exception) -> bool:
     So it is with a login that is refused: nothing is wrong with what was to be recorded. Where nobody can give another
     login meanwhile, `check_login` ends the attempts.
     """
+    if isinstance(error, TrackingError) and error.error_code in REFUSALS:
+        return False
+    if (status := _http_status(error)) is not None:
+        return status not in REFUSING_STATUSES
+    if isinstance(error, TrackingError | TrackingUnavailable):
+        return True
+    if type(error).__module__.partition(".")[0] in STORE_PACKAGES:
+        return True
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+
+def _http_status(error: Exception) -> int | None:
+    """The status of the answer that `error` tells of, if MLflow made no error code of it; None if there is none.
+
+    A proxy or a gateway before the server answers without the error codes of MLflow, and MLflow then does not tell the
+    status: all that has it is the answer in the frame that raised the error.
+    """
+    answers = [getattr(error, "response", None)]
     if isinstance(error, TrackingError):
-        return error.error_code not in REFUSALS
-    return isinstance(error, (OSError, TrackingUnavailable)) and not isinstance(error, FileNotFoundError)
+        if error.error_code != "INTERNAL_ERROR":
+            return None
+        frames = reversed(list(traceback.walk_tb(error.__traceback__)))
+        answers = [frame.f_locals.get("response") for frame, _ in frames if _is_of_mlflow(frame.f_globals)]
+    statuses = (getattr(answer, "status_code", None) for answer in answers)
+    return next((status for status in statuses if isinstance(status, int)), None)
+
+
+def _is_of_mlflow(names: dict[str, object]) -> bool:
+    return str(names.get("__name__")).partition(".")[0] == "mlflow"
 
 
 def check_login(error: Exception, uri: str) -> None:
@@ -45,7 +78,8 @@ def check_login(error: Exception, uri: str) -> None:
     Raises:
         ValueError: if the server refuses the login or the name of its host; has the remedy, and no secret.
     """
-    if isinstance(error, TrackingError) and error.error_code in LOGIN_REFUSALS:
+    refused = isinstance(error, TrackingError) and error.error_code in LOGIN_REFUSALS
+    if refused or _http_status(error) in LOGIN_STATUSES:
         said = " ".join(str(error).split())[:400]
         refusal = f"the server refuses the login, or its rights ({said}): {LOGIN_REMEDY}"
         if HOST_REFUSED in str(error):

@@ -24,6 +24,14 @@ PACKAGES = ("keras", "tensorflow", "ray", "mlflow", "numpy", "pyarrow", "optuna"
 LONGEST_DIFF = 1_000_000
 # Files that have settings of a place, and perhaps its secrets: what was changed in them is nobody else's business.
 PRIVATE = ("ray_cluster*.yaml", "clusters/*.yaml", "**/.env", "**/.env.*")
+_OF_ANOTHER_REPOSITORY = {
+    "GIT_DIR",
+    "GIT_WORK_TREE",
+    "GIT_INDEX_FILE",
+    "GIT_COMMON_DIR",
+    "GIT_OBJECT_DIRECTORY",
+    "GIT_PREFIX",
+}
 JOULES_PER_KWH = 3.6e6
 
 
@@ -43,7 +51,7 @@ class Provenance:
 
 def collect_provenance(root: Path = ROOT) -> Provenance:
     """Collects command, packages, Python version and machine, and commit and changes if `root` is a git checkout."""
-    tags = {f"version.{package}": importlib.metadata.version(package) for package in PACKAGES}
+    tags = {f"version.{package}": _version(package) for package in PACKAGES}
     tags |= {
         "version.python": platform.python_version(),
         "platform": platform.platform(),
@@ -76,8 +84,24 @@ def _changes(diff: str, untracked: Sequence[str]) -> str:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", os.fspath(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
+    # Not by the settings of a person, whose diff may be coloured, or the output of another program; nor in the
+    # repository that a hook of git names in the environment.
+    plain = ["--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/"]
+    options = plain if arguments[0] == "diff" else []
+    command = ["git", "-C", os.fspath(root), arguments[0], *options, *arguments[1:]]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY}
+    found = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, env=environment)
+    return found.stdout
+
+
+def _version(package: str) -> str:
+    """Version of a package; of one that is installed under another name, such as `tensorflow-cpu`, with that name."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    for name in importlib.metadata.packages_distributions().get(package, ()):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return f"{importlib.metadata.version(name)} ({name})"
+    return "unknown"
 
 
 def _packages() -> str:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -122,23 +123,45 @@ class Sender:
 
 
 def _log(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> None:
-    """Logs all parts of a record to the MLflow run `run_id`. Safe to repeat."""
+    """Logs all parts of a record to the MLflow run `run_id`. Safe to repeat.
+
+    Raises:
+        Exception: the first by which the store refused a part, once the others are logged; any other one at once.
+    """
+    refusal: Exception | None = None
+    for part in _parts(record, tracker, run_id, storage):
+        try:
+            part()
+        except Exception as error:
+            if is_transient(error):
+                raise
+            refusal = refusal or error
+    if refusal is not None:
+        raise refusal
+
+
+def _parts(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> Iterator[Callable[[], None]]:
+    """The calls that log a record."""
     if record.params:
-        tracker.log_params(run_id, record.params)
+        yield partial(tracker.log_params, run_id, record.params)
     if record.tags:
-        tracker.set_tags(run_id, record.tags)
+        yield partial(tracker.set_tags, run_id, record.tags)
     if record.history:
-        tracker.log_history(run_id, record.history)
+        yield partial(tracker.log_history, run_id, record.history)
     if record.metrics:
-        tracker.log_metrics(run_id, record.metrics)
+        yield partial(tracker.log_metrics, run_id, record.metrics)
     for path, text in record.texts.items():
-        tracker.log_text(run_id, text, path)
+        yield partial(tracker.log_text, run_id, text, path)
     for path, stored in record.files.items():
-        folder, _, name = path.rpartition("/")
-        with TemporaryDirectory() as local:
-            storage.download(stored, Path(local) / name)
-            tracker.log_file(run_id, Path(local) / name, folder or None)
+        yield partial(_log_file, tracker, run_id, storage, stored, path)
     if record.dataset:
-        tracker.log_dataset(run_id, **record.dataset)
+        yield partial(tracker.log_dataset, run_id, **record.dataset)
     if record.status:
-        tracker.finish(run_id, record.status)
+        yield partial(tracker.finish, run_id, record.status)
+
+
+def _log_file(tracker: Tracker, run_id: str, storage: Storage, stored: str, path: str) -> None:
+    folder, _, name = path.rpartition("/")
+    with TemporaryDirectory() as local:
+        storage.download(stored, Path(local) / name)
+        tracker.log_file(run_id, Path(local) / name, folder or None)

@@ -10,7 +10,9 @@ import ssl
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 from pipeline.contact import check_path
@@ -21,6 +23,10 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "or
 """Those of databases whose URI has none."""
 _LONGEST_START = 1000
 """Characters of an answer from which its kind is seen."""
+_QUESTION = "/api/2.0/mlflow/experiments/search"
+_CERTIFICATES = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+"""Variables of MLflow's client that name the certificates of authorities; the first that is set counts."""
+_CLIENT_CERTIFICATE = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
 REMEDY = "start one (`mlflow server`), or leave the option out to record in the storage folder"
 
 
@@ -39,9 +45,10 @@ def check_server(tracking_uri: str) -> None:
         elif "://" in tracking_uri:
             _check_database(tracking_uri)
         return
+    redirects = _Redirects()
     try:
         request, has_login = _request(tracking_uri)
-        with _opener(tracking_uri).open(request, timeout=ANSWER_SECONDS) as response:
+        with _opener(tracking_uri, redirects).open(request, timeout=ANSWER_SECONDS) as response:
             answer, place = response.read(_LONGEST_START).decode(errors="replace").strip(), response.url
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
@@ -50,11 +57,18 @@ def check_server(tracking_uri: str) -> None:
                     f"tracking.uri = {tracking_uri}: the server refuses requests to this host ({HOST_REFUSED}): "
                     f"{HOST_REMEDY}"
                 ) from error
+            _check_redirect(tracking_uri, redirects)
             if not has_login:
                 return  # it asks for a login, which MLflow's client may have from elsewhere: `Tracker` finds out
             raise ValueError(
                 f"tracking.uri = {tracking_uri}: the server refuses the login ({error}): give another one, or "
                 f"{LOGIN_REMEDY}"
+            ) from error
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            raise ValueError(
+                f"tracking.uri = {tracking_uri}: the certificate of the server is not accepted ({error}): set "
+                f"{_CERTIFICATES[0]} to a PEM file with the certificate of the authority that has signed it; MLflow's "
+                "client does not take those that are installed on this machine"
             ) from error
         remedy = f"{_proxy_to_leave_out(tracking_uri)}{REMEDY}"
         raise ValueError(f"tracking.uri = {tracking_uri}: no MLflow server answers ({error}): {remedy}") from error
@@ -65,13 +79,58 @@ def check_server(tracking_uri: str) -> None:
             f"has sent {what}: give the address at which programs, not browsers, reach the server, with a login if it "
             f"wants one; or {_proxy_to_leave_out(tracking_uri)}{REMEDY}"
         )
+    _check_redirect(tracking_uri, redirects)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects as MLflow's client does: the login goes to no other host.
+
+    Attributes:
+        moved: where the last redirect led that makes a GET of a POST; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.moved: str | None = None
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        from requests import Session
+
+        followed = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if followed is not None and Session().should_strip_auth(req.full_url, newurl):
+            followed.remove_header("Authorization")
+        if code in (301, 302, 303):
+            self.moved = newurl
+        return followed
+
+
+def _check_redirect(tracking_uri: str, redirects: _Redirects) -> None:
+    """Checks that the server is asked without a redirect that only reading survives.
+
+    Raises:
+        ValueError: If it is not: MLflow's client would find experiments, and would record nothing.
+    """
+    if redirects.moved is None or not urlsplit(redirects.moved).path.endswith(_QUESTION):
+        return
+    place = redirects.moved.partition(_QUESTION)[0]
+    raise ValueError(
+        f"tracking.uri = {tracking_uri}: the server has moved to {place}, and nothing can be recorded by way of a "
+        f"redirect: give {place}"
+    )
 
 
 def _request(tracking_uri: str) -> tuple[urllib.request.Request, bool]:
     """A request for one experiment, with the login of the URI as a header; and whether there is one."""
     parts = urlsplit(tracking_uri)
     login, _, host = parts.netloc.rpartition("@")
-    url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1"
+    url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}{_QUESTION}?max_results=1"
     request = urllib.request.Request(url)
     if login:
         user, _, password = login.partition(":")
@@ -89,9 +148,11 @@ def _proxy_to_leave_out(tracking_uri: str) -> str:
     return f"it was asked through the proxy of {parts.scheme}_proxy, so add {host} to no_proxy if it is near; or "
 
 
-def _opener(tracking_uri: str) -> urllib.request.OpenerDirector:
+def _opener(tracking_uri: str, redirects: _Redirects) -> urllib.request.OpenerDirector:
     """Sends requests as MLflow's client does: with its certificates, and by its reading of no_proxy."""
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=_tls())]
+    handlers: list[urllib.request.BaseHandler] = [redirects]
+    if tracking_uri.startswith("https://"):
+        handlers.append(urllib.request.HTTPSHandler(context=_tls()))
     if _goes_around_proxies(tracking_uri):
         handlers.append(urllib.request.ProxyHandler({}))
     return urllib.request.build_opener(*handlers)
@@ -105,14 +166,35 @@ def _goes_around_proxies(tracking_uri: str) -> bool:
 
 
 def _tls() -> ssl.SSLContext:
-    """The certificates that MLflow's client accepts."""
+    """The certificates that MLflow's client accepts, and the one that it shows.
+
+    Raises:
+        OSError: if a file that a variable names cannot be read, or is none; names the variable.
+    """
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
     if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        return ssl._create_unverified_context()
-    names = ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-    path = next((value for name in names if (value := os.environ.get(name))), None)
-    if path is None:
-        return ssl.create_default_context()
-    return ssl.create_default_context(capath=path) if Path(path).is_dir() else ssl.create_default_context(cafile=path)
+        context = ssl._create_unverified_context()
+    else:
+        name = next((name for name in _CERTIFICATES if os.environ.get(name)), None)
+        # Not those of the system, among which may be one of an authority that MLflow's client does not know.
+        path = os.environ[name] if name else DEFAULT_CA_BUNDLE_PATH
+        with _named(name or "certifi", path):
+            is_folder = Path(path).is_dir()
+            context = ssl.create_default_context(capath=path if is_folder else None, cafile=None if is_folder else path)
+    if own := os.environ.get(_CLIENT_CERTIFICATE):
+        with _named(_CLIENT_CERTIFICATE, own):
+            context.load_cert_chain(own)
+    return context
+
+
+@contextlib.contextmanager
+def _named(name: str, path: str) -> Iterator[None]:
+    """Adds to errors of a file the name of the variable that names it."""
+    try:
+        yield
+    except OSError as error:  # so are those of `ssl`
+        raise OSError(f"{name} = {path} cannot be read as certificates: {error.strerror or error}") from error
 
 
 def _check_database(uri: str) -> None:

@@ -67,7 +67,7 @@ class Tracker:
         self.uri = uri
         self._lock: Path | None = None
         if uri.startswith("sqlite:///"):
-            database = Path(uri.removeprefix("sqlite:///"))
+            database = Path(uri.removeprefix("sqlite:///").partition("?")[0])
             database.parent.mkdir(parents=True, exist_ok=True)
             self._lock = database.with_name(f"{database.name}.lock")
         with self.exclusive():
@@ -82,12 +82,38 @@ class Tracker:
                 f"tracking.experiment = {experiment!r} was deleted from {uri}; choose another name or run "
                 f"`mlflow experiments restore -x {found.experiment_id}`"
             )
-        for name, value in EXPERIMENT_TAGS.items():
-            if name not in found.tags:  # it was made elsewhere, or by an earlier version
-                self.client.set_experiment_tag(found.experiment_id, name, value)
+        self._tags = {name: found.tags.get(name, value) for name, value in EXPERIMENT_TAGS.items()}
+        if not self._tags.keys() <= found.tags.keys():  # it was made elsewhere, or by an earlier version
+            self._tag_experiment(found.experiment_id)
         self.experiment_id: str = found.experiment_id
         self.artifact_location: str = found.artifact_location
         self._steps: dict[tuple[str, str], set[int]] = {}
+
+    def check_writing(self) -> None:
+        """Checks that runs and models can be recorded in the experiment, of which nothing is changed.
+
+        Raises:
+            ValueError: If the login may only read it, or if the server is too old.
+            TrackingError: If the store does not answer.
+        """
+        self._tag_experiment(self.experiment_id)
+        try:
+            self.client.search_logged_models([self.experiment_id], max_results=1)
+        except TrackingError as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            raise ValueError(
+                f"tracking.uri = {self.uri}: the server, or a proxy before it, does not know logged models, which came "
+                "with MLflow 3: install a newer MLflow there"
+            ) from error
+
+    def _tag_experiment(self, experiment_id: str) -> None:
+        for name, value in self._tags.items():
+            try:
+                self.client.set_experiment_tag(experiment_id, name, value)
+            except TrackingError as error:
+                check_login(error, self.uri)
+                raise
 
     def _find_or_create(self, experiment: str, artifact_location: str | None) -> Experiment:
         found = self.client.get_experiment_by_name(experiment)
@@ -158,7 +184,7 @@ class Tracker:
 
     def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Sets tags; values are truncated to MLflow's limit."""
-        entities = [RunTag(key, str(value)[:MAX_TAG_VAL_LENGTH]) for key, value in tags.items()]
+        entities = [RunTag(key, _text(value)[:MAX_TAG_VAL_LENGTH]) for key, value in tags.items()]
         self.client.log_batch(run_id, tags=entities, synchronous=True)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
@@ -168,7 +194,7 @@ class Tracker:
         `changed.<name>`: for example, a resumed run may have another number of workers.
         """
         logged = self.client.get_run(run_id).data.params
-        values = {key: str(value)[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
+        values = {key: _text(value)[:MAX_PARAM_VAL_LENGTH] for key, value in params.items()}
         new = [Param(key, value) for key, value in values.items() if key not in logged]
         self.client.log_batch(run_id, params=new, synchronous=True)
         changed = {key: value for key, value in values.items() if logged.get(key, value) != value}
@@ -203,15 +229,22 @@ class Tracker:
         return self._steps[run_id, key]
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """Logs final values at step 0; a metric that already has the same value is skipped."""
+        """Logs final values at step 0; a metric that already has the same value is skipped.
+
+        MLflow shows the value with the latest timestamp, so a new one gets a later timestamp than that before it, also
+        if the clock was set back meanwhile.
+        """
         logged = self.client.get_run(run_id).data.metrics
         changed = {key: float(value) for key, value in metrics.items() if not _same(logged.get(key), float(value))}
-        now = int(1000 * time.time())
-        entities = [Metric(key, value, now, 0) for key, value in changed.items()]
+        entities = []
+        for key, value in changed.items():
+            before = self.client.get_metric_history(run_id, key) if key in logged else ()
+            latest = max((metric.timestamp + 1 for metric in before), default=0)
+            entities.append(Metric(key, value, max(int(1000 * time.time()), latest), 0))
         self.client.log_batch(run_id, metrics=entities, synchronous=True)
 
     def log_text(self, run_id: str, text: str, path: str) -> None:
-        self.client.log_text(run_id, text, path)
+        self.client.log_text(run_id, _text(text), path)
 
     def log_file(self, run_id: str, file: str | Path, folder: str | None = None) -> None:
         self.client.log_artifact(run_id, os.fspath(file), folder)
@@ -234,7 +267,7 @@ class Tracker:
             name=name,
             digest=digest[:36],
             source_type="http" if is_web else scheme.replace("file", "local") or "local",
-            source=json.dumps({"url" if is_web else "uri": source}),
+            source=json.dumps({"url" if is_web else "uri": _text(source)}),
             profile=json.dumps(dict(profile or {})),
         )
         tags = [InputTag("mlflow.data.context", context), InputTag("sha256", digest)]
@@ -246,5 +279,12 @@ class Tracker:
         self.client.set_terminated(run_id, status)
 
 
+def _text(value: Any) -> str:
+    """`value` as a text that every database takes: without zeros, and bytes of a name that are no UTF-8 written out."""
+    return str(value).replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+
+
 def _same(logged: float | None, value: float) -> bool:
-    return logged is not None and (logged == value or (math.isnan(logged) and math.isnan(value)))
+    """Whether a store that has `logged` was given `value`; databases keep the largest number for an infinite one."""
+    kept = max(-sys.float_info.max, min(sys.float_info.max, value))
+    return logged is not None and (logged in (value, kept) or (math.isnan(logged) and math.isnan(value)))

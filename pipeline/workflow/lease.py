@@ -11,6 +11,7 @@ longer than that, two drivers may work at the same run: what they commit is stil
 claim gone gives up.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -112,10 +113,15 @@ class Lease:
             self.release(key)
 
     def release(self, key: str) -> None:
-        """Gives up one key; does nothing if it is not held."""
+        """Gives up one key; does nothing if it is not held.
+
+        A claim that cannot be deleted is not renewed either, so that others take it for dead a little later: no reason
+        to end a run, or to say that instead of what has ended it.
+        """
         with self._lock:
             self._keys.pop(key, None)
-            self._storage.delete(self._path(key))
+            with contextlib.suppress(OSError):
+                self._storage.delete(self._path(key))
 
     def check(self) -> None:
         """Call this before writing anything that only the holder may write.

@@ -121,11 +121,24 @@ class Run(Generic[C]):
                 self.storage.delete(self.home(task.name))
 
     def identity(self) -> str:
-        """Unique id of the run; made at the first call, and the same until a task of the run is forgotten."""
+        """Unique id of the run; made at the first call, and the same until a task of the run is forgotten.
+
+        Raises:
+            ValueError: if the file with the identity is damaged; names it.
+        """
         if not self.storage.exists(self._identity_path):
             self.record_keys()
             self.storage.write_json(self._identity_path, {"identity": uuid.uuid4().hex})
-        return self.storage.read_json(self._identity_path)["identity"]
+        try:
+            found = self.storage.read_json(self._identity_path)
+        except ValueError:
+            found = None
+        if isinstance(found, dict) and isinstance(identity := found.get("identity"), str) and identity:
+            return identity
+        raise ValueError(
+            f"{self.storage.absolute(self._identity_path)} does not hold the identity of a run: delete it, and the run "
+            "gets a new one, with new runs in MLflow"
+        )
 
     def record_keys(self) -> None:
         """Writes down which tasks the run has, for those who see claims and unfinished tasks and nothing else of it.

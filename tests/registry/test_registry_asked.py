@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_versions import champion, open_tracker, register_shapes
 
-from pipeline.registry.fetch import fetch, is_registered
+from pipeline.registry.fetch import fetch, is_registered, registered_uris, resolve
 from pipeline.registry.versions import EVIDENCE, RETRAIN_FILE, ROWS_FILE
 from pipeline.settings.presets import quickstart
 from pipeline.tasks.steps import check_initial_model
@@ -99,3 +99,20 @@ def test_a_champion_without_its_files_has_no_test_predictions(tracker: Tracker, 
     assert champion(tracker, name) == 1
     assert damage in tracker.client.get_model_version(name, "1").tags[EVIDENCE]
     assert EVIDENCE not in tracker.client.get_model_version(name, "2").tags
+
+
+def test_a_registry_that_is_not_there_is_named_with_the_file_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path in a URI of three slashes is seen from the current folder, which may be another one."""
+    monkeypatch.chdir(tmp_path)
+    uri = "sqlite:///runs/mlflow.db"
+    message = rf"tracking-uri = {uri}: {tmp_path}/runs/mlflow.db is not there: give --tracking-uri the URI of the"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        registered_uris(uri)
+    with pytest.raises(ValueError, match=f"^model = 'models:/m/1': {message}"):
+        resolve("models:/m/1", uri)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
+    with pytest.raises(ValueError, match=r"runs/mlflow.db is no database of MLflow"):
+        registered_uris(uri)

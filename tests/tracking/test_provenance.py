@@ -1,5 +1,6 @@
 """Provenance from a real checkout, and energy from counters in the kernel's format."""
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import keras
 import pytest
 
+from pipeline.tracking import provenance
 from pipeline.tracking.provenance import EnergyMeter, cluster_hardware, collect_provenance, training_cost
 
 
@@ -129,3 +131,31 @@ def test_hardware_lists_the_nodes_that_are_alive() -> None:
         {"Alive": False, "NodeManagerHostname": "b", "Resources": {"CPU": 8.0}},
     ]
     assert cluster_hardware(nodes) == [{"host": "a", "CPU": 2.0, "GPU": 0, "memory": 4.0}]
+
+
+def test_neither_a_hook_nor_the_settings_of_a_person_change_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook of git names its repository in the environment; many look at diffs with another program."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder in (mine, other):
+        folder.mkdir()
+        git(folder, "init", "--quiet")
+        (folder / "code.py").write_text(f"x = '{folder.name}'\n")
+        git(folder, "add", ".")
+        git(folder, "commit", "--quiet", "--message", folder.name)
+    for setting in ("color.ui=always", "diff.external=/bin/echo", "diff.noprefix=true"):
+        git(mine, "config", *setting.split("="))
+    (mine / "code.py").write_text("x = 2\n")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    found = collect_provenance(mine)
+    monkeypatch.delenv("GIT_DIR")
+    assert found.tags["mlflow.source.git.commit"] == git(mine, "rev-parse", "HEAD").strip()
+    assert "\n--- a/code.py\n+++ b/code.py\n@@ -1 +1 @@\n-x = 'mine'\n+x = 2\n" in found.texts["changes.diff"]
+
+
+def test_a_package_under_another_name_is_recorded_with_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version("scikit-learn")
+    monkeypatch.setattr(provenance, "PACKAGES", ("sklearn", "nonesuch"))
+    tags = collect_provenance(Path("/")).tags
+    assert (tags["version.sklearn"], tags["version.nonesuch"]) == (f"{version} (scikit-learn)", "unknown")

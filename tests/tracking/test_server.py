@@ -190,7 +190,7 @@ def test_a_registry_is_not_made_in_the_database_of_another_program(tmp_path: Pat
         other.commit()
     uri = f"sqlite:///{tmp_path}/other.db"
     assert not has_database(uri)
-    with pytest.raises(ValueError, match=r"there is no .*other.db: give --tracking-uri"):
+    with pytest.raises(ValueError, match=r"other.db is no database of MLflow: give --tracking-uri"):
         resolve("models:/m/1", uri)
     with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as other:
         assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("mine",)]

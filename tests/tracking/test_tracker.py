@@ -197,3 +197,37 @@ def test_transient_errors_are_retried_for_the_given_time(tracker: Tracker) -> No
     assert retry_transient(call, tracker.client.tracking_uri, 0) == run_id
     with pytest.raises(Exception, match="NONSENSE"):  # refused, so not retried
         retry_transient(lambda: tracker.finish(run_id, "NONSENSE"), "uri", 600)
+
+
+def test_infinite_values_are_logged_once_too(tracker: Tracker) -> None:
+    """A database keeps the largest number for them."""
+    run_id = tracker.find_or_create_run("infinite", "infinite")
+    values = {"high": math.inf, "low": -math.inf, "none": math.nan, "large": 1e308}
+    for _ in range(2):
+        tracker.log_metrics(run_id, values)
+    assert [len(tracker.client.get_metric_history(run_id, key)) for key in values] == [1, 1, 1, 1]
+
+
+def test_the_last_value_is_shown_although_the_clock_was_set_back(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, now = tracker.find_or_create_run("clock", "clock"), time.time()
+    tracker.log_metrics(run_id, {"seconds": 1.0})
+    monkeypatch.setattr(time, "time", lambda: now - 7200)
+    for _ in range(2):
+        tracker.log_metrics(run_id, {"seconds": 2.0})
+    assert tracker.client.get_run(run_id).data.metrics == {"seconds": 2.0}
+    assert len(tracker.client.get_metric_history(run_id, "seconds")) == 2
+
+
+def test_a_name_that_is_no_text_is_written_out(tracker: Tracker) -> None:
+    """Names of files may have any bytes; a database takes UTF-8, and PostgreSQL no zeros."""
+    run_id, name = tracker.find_or_create_run("names", "names"), "a\udcffb\0"
+    tracker.set_tags(run_id, {"command": name})
+    tracker.log_params(run_id, {"path": name})
+    tracker.log_params(run_id, {"path": name})
+    tracker.log_text(run_id, name, "command.txt")
+    tracker.log_dataset(run_id, "data", SHA256, name, "training")
+    data = tracker.client.get_run(run_id).data
+    assert (data.tags["command"], data.params["path"]) == ("a\\udcffb\\x00", "a\\udcffb\\x00")
+    assert "changed.path" not in data.tags

@@ -1,5 +1,6 @@
 """One driver at a time works at a run, and the next one follows when it ends, however it ends."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -126,7 +127,8 @@ def test_a_driver_that_was_given_up_finds_that_out(tmp_path: Path, monkeypatch: 
     with Lease(storage, ["run"], nobody) as held:
         held.check()
         (own,) = {name for name in storage.list("drivers/run") if name.endswith(".json")}
-        storage.delete(f"drivers/run/{own}")  # as the driver does that follows
+        with held._lock:  # not while it is being renewed, which the next test is about
+            storage.delete(f"drivers/run/{own}")  # as the driver does that follows
         time.sleep(0.5)
         with pytest.raises(LeaseLost, match="another driver works at this run"):
             held.check()
@@ -160,3 +162,23 @@ def test_a_driver_that_is_stopped_while_it_renews_its_claim_finds_out_that_it_wa
         with pytest.raises(LeaseLost, match="another driver works at this run"):
             held.check()
     assert storage.list("drivers/run") == ["000.json"]
+
+
+def test_a_claim_that_cannot_be_deleted_hides_no_error_and_ends_no_run(tmp_path: Path) -> None:
+    class Failing(Storage):
+        fails = False
+
+        def delete(self, path: str) -> None:
+            if self.fails:
+                raise OSError(errno.EIO, "the storage does not answer")
+            super().delete(path)
+
+    def drive() -> None:
+        with Lease(storage, ["run", "train"], nobody) as held:
+            storage.fails = True
+            held.release("train")
+            raise RuntimeError("what has ended the run")
+
+    storage = Failing(str(tmp_path))
+    with pytest.raises(RuntimeError, match="what has ended the run"):
+        drive()

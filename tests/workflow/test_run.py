@@ -191,3 +191,12 @@ def test_what_an_interrupted_force_of_an_earlier_version_left_does_not_count(sho
     assert second["b"]["output"] != first["b"]["output"]
     assert second["c"]["output"]["from"] == {"b": second["b"]["output"]["result"]}
     assert shop.plan(tasks).done() == second
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"identity": 3}'])
+def test_a_damaged_identity_is_named(shop: Workshop, content: bytes) -> None:
+    plan = shop.plan([shop.task("a")])
+    plan.identity()
+    shop.storage.write_bytes(f"runs/{plan.key}.json", content)
+    with pytest.raises(ValueError, match=rf"{plan.key}\.json does not hold the identity of a run: delete it"):
+        plan.identity()
