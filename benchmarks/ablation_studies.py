@@ -180,7 +180,7 @@ def configure(study: Study, changes: Changes, archive: str | None) -> PipelineCo
         archive: Path of the CIFAR-100 archive; not used by a study on another data set.
 
     Raises:
-        SystemExit: if the study needs an archive and `archive` is None.
+        ValueError: if the study needs an archive and `archive` is None.
     """
     config = PRESETS[study.preset]()
     sections: dict[str, Changes] = {"model": {}, "train": {}}
@@ -195,5 +195,5 @@ def configure(study: Study, changes: Changes, archive: str | None) -> PipelineCo
     if config.data.source != "cifar100":
         return config
     if archive is None:
-        raise SystemExit("this study needs --archive")
+        raise ValueError("this study needs --archive")
     return replace(config, data=replace(config.data, archive=archive, sha256=sha256_of_file(archive)))

@@ -33,6 +33,7 @@ from typing import Any
 import json_lines
 import numpy as np
 from ablation_studies import STUDIES, Changes, configure
+from ending import existing_file, run_benchmark
 from rich.console import Console
 from rich.table import Table
 from turns import Answer, Contestant
@@ -48,12 +49,13 @@ from pipeline.training.config import TrainingConfig
 
 BASE = "as it is"  # name of the base in tables and records
 STEPS_PER_TURN = 10
+FIELDS = ("study", "steps", "equal", "variant", "seed", "settings", "relative_step_time", "val_accuracy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
+    parser.add_argument("--archive", type=existing_file, help="copy of cifar-100-python.tar.gz")
     parser.add_argument("--steps", type=int, default=600, help="training steps of the base that set the budget")
     parser.add_argument(
         "--equal", choices=("time", "operations", "steps"), default="time", help="budget that all variants share"
@@ -68,9 +70,10 @@ def main() -> None:
     if unknown := set(args.only or ()) - set(study.variants):
         parser.error(f"--only {' '.join(sorted(unknown))}: the variants are {', '.join(study.variants)}")
     chosen: dict[str, Changes] = {BASE: {}} | {name: study.variants[name] for name in args.only or study.variants}
-    configs = {name: configure(study, changes, args.archive) for name, changes in chosen.items()}
+    archive = args.archive and str(args.archive)
+    configs = {name: configure(study, changes, archive) for name, changes in chosen.items()}
     budget = {"study": args.study, "steps": args.steps, "equal": args.equal}
-    recorded = json_lines.read(args.record) if args.record and args.record.exists() else []
+    recorded = json_lines.begin(args.record, FIELDS) if args.record else []
     done = [row for row in recorded if budget.items() <= row.items()]
     done = [row for row in done if row["settings"] == settings_of(configs.get(row["variant"]))]
     ratios = {BASE: 1.0} | {row["variant"]: row["relative_step_time"] for row in done}
@@ -80,6 +83,8 @@ def main() -> None:
     runs = [(name, seed) for seed in args.seeds for name in configs]
     runs = [run for run in runs if run not in {(row["variant"], row["seed"]) for row in done}]
 
+    running: set[Contestant] = set()
+
     def train(variant: str, seed: int) -> dict[str, Any]:
         ratio = ratios.get(variant) if args.equal == "time" else None
         relative_cost = ratio or 1.0
@@ -87,20 +92,30 @@ def main() -> None:
             relative_cost = cost_of_step(configs[variant]) / cost_of_step(configs[BASE])
         steps = max(1, round(args.steps / relative_cost))
         contestant = Contestant(train_and_validate, configs[variant], steps, seed)
+        running.add(contestant)
         try:
             metrics = contestant.wait()
         finally:
+            running.remove(contestant)
             contestant.end()
         run = {"variant": variant, "seed": seed, "relative_step_time": ratio, "steps_taken": steps}
         return budget | run | metrics | {"settings": settings_of(configs[variant])}
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for future in as_completed([pool.submit(train, *run) for run in runs]):
+    pool = ThreadPoolExecutor(args.jobs)
+    futures = [pool.submit(train, *run) for run in runs]
+    try:
+        for future in as_completed(futures):
             row = future.result()
             done.append(row)
             if args.record:
                 json_lines.add(args.record, row)
             print(f"{row['variant']}, seed {row['seed']}: {row['val_accuracy']:.4f}", file=sys.stderr, flush=True)
+    finally:  # after a signal or an error nobody takes the results of the others
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):
+            for contestant in tuple(running):
+                contestant.kill()
+            time.sleep(0.1)
     shown = [row for row in done if row["variant"] in configs and row["seed"] in args.seeds]
     show(shown, args.steps, args.equal)
     print(json.dumps({"benchmark": "ablations", **budget, "runs": shown}))
@@ -239,4 +254,4 @@ def show(runs: list[dict[str, Any]], steps: int, equal: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

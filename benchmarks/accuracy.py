@@ -17,13 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import json_lines
+from ending import existing_file, run_benchmark, run_pipeline
 from rich.console import Console
 from rich.table import Table
 
@@ -38,19 +38,22 @@ from pipeline.workflow.run import Run
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = 0.53  # top-1 accuracy that the Keras example reports
+FIELDS = ("name", "seed", "settings", "test", "training_seconds", "curve")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar100")
-    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; without it nothing is trained")
+    parser.add_argument(
+        "--archive", type=existing_file, help="copy of cifar-100-python.tar.gz; without it nothing is trained"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--name", help="name of these runs in table and figure; default: the preset")
     parser.add_argument("--record", type=Path, required=True, help="JSON lines file of finished runs")
     parser.add_argument("--figure", type=Path, help="SVG file for a figure of accuracy over operations")
     parser.add_argument("arguments", nargs="*", help="further arguments of pipeline/run.py, behind --")
     args = parser.parse_args()
-    rows = json_lines.read(args.record) if args.record.exists() else []
+    rows = (json_lines.begin if args.archive else json_lines.read)(args.record, FIELDS)
     name = args.name or args.preset
     for seed in args.seeds if args.archive else []:
         given = [args.preset, *archive_arguments(args.archive), "--train.seed", str(seed), *args.arguments]
@@ -85,7 +88,7 @@ def run(given: list[str]) -> dict[str, Any]:
         given = [*given, "--storage", folder]
         summary_json = Path(folder) / "summary.json"
         command = [sys.executable, str(ROOT / "pipeline" / "run.py"), *given, "--until", "evaluate"]
-        subprocess.run([*command, "--summary-json", str(summary_json)], check=True, stdout=sys.stderr)
+        run_pipeline([*command, "--summary-json", str(summary_json)], stdout=sys.stderr)
         config = parse(given)[1].config
         key = Run(TASKS, config, Storage(config.storage)).keys["train"]
         trained = json.loads((Path(folder) / "tasks" / "train" / key / "manifest.json").read_text())
@@ -113,14 +116,13 @@ def run(given: list[str]) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Prints a row per name: means over its seeds, with the lowest and the highest value."""
+    """Prints a row per name and settings: means over the seeds, with the lowest and the highest value."""
     table = Table("runs", "seeds", "epochs", "PFLOP", "parameters", "minutes", "images/s", "test top-1", "test top-5")
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name]
+    for own in grouped(rows):
         minutes = [row["training_seconds"] / 60 for row in own]
         speeds = [point["images_per_second"] for row in own for point in row["curve"]]
         table.add_row(
-            name,
+            own[0]["name"],
             ", ".join(str(row["seed"]) for row in own),
             f"{own[0]['epochs']:.3g}",
             f"{own[0]['pflop']:.2f}",
@@ -130,6 +132,19 @@ def show(rows: list[dict[str, Any]]) -> None:
             *(spread([row["test"][top] for row in own], "{:.2%}") for top in ("top1", "top5")),
         )
     Console(width=150).print(table)
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs of each name and settings, which differ in their seeds only, in the order of the record.
+
+    Runs that share a name alone are not averaged: it is the preset's unless one is given, whatever changes it.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        train = {name: value for name, value in row["settings"].get("train", {}).items() if name != "seed"}
+        settings = row["settings"] | {"train": train}
+        groups.setdefault(json.dumps([row["name"], settings], sort_keys=True), []).append(row)
+    return list(groups.values())
 
 
 def spread(values: list[float], form: str) -> str:
@@ -151,14 +166,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    groups = grouped(rows)
+    colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"]
     for row in rows:
-        colour = colours(names.index(row["name"]))
+        number, own = next((number, own) for number, own in enumerate(groups) if row in own)
+        colour = colours(number)
         epochs = len(row["curve"])
         pflop = [row["pflop"] * epoch / epochs for epoch in range(epochs + 1)]
         accuracy = [1 / 100, *(point["val_accuracy"] for point in row["curve"])]
-        label = row["name"] if row is next(r for r in rows if r["name"] == row["name"]) else None
+        label = row["name"] if row is own[0] else None
         axes.plot(pflop, accuracy, color=colour, linewidth=1, label=label)
         axes.plot(pflop[-1], row["test"]["top1"], "o", color=colour, markersize=5)
     axes.axhline(PUBLISHED, color="grey", linestyle="--", linewidth=1)
@@ -174,4 +190,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

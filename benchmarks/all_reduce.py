@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ending import run_benchmark
 from local_workers import free_addresses, join_cluster
 from rich.console import Console
 from rich.table import Table
@@ -144,4 +145,4 @@ def worker(answer: Answer, preset: str, rank: int, addresses: list[str], steps: 
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 
@@ -120,7 +121,8 @@ def _plain_loop(model: Path, images: np.ndarray, options: Options) -> tuple[floa
     start, spawn = time.time(), multiprocessing.get_context("spawn")
     ready, done = spawn.Barrier(options.num_processes), spawn.SimpleQueue()
     shares = np.array_split(images, options.num_processes)
-    processes = [spawn.Process(target=_loop, args=(model, share, options.batch_size, ready, done)) for share in shares]
+    arguments = ((model, share, options.batch_size, ready, done) for share in shares)
+    processes = [spawn.Process(target=_loop, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -195,4 +197,4 @@ def _show(options: Options, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 from turns import Answer, Contestant, medians
@@ -197,4 +198,4 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -20,21 +20,24 @@ a run, after the training; the weights are those of the epoch with the lowest va
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import json_lines
+from ending import existing_file, run_benchmark
 from rich.console import Console
 from rich.table import Table
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from pipeline.command import run_command
+from pipeline.command import say_error
+from pipeline.data.config import DatasetConfig
 from pipeline.devices import cpu_name
 from pipeline.fields import keyed
 from pipeline.own_model import OwnModel, train_own_model
@@ -42,16 +45,19 @@ from pipeline.settings.command_line import parse
 from pipeline.settings.config import PipelineConfig
 
 MODELS = ("perceiver", "cnn", "resnet9", "cct", "vit")
+FIELDS = ("model", "seed", "budget_pflop", "settings", "parameters", "mmacs", "test", "validation", "processor")
 FLOPS_PER_MAC = 6  # multiply and add; forward pass, gradients of the activations, gradients of the weights
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar100", help="preset whose data and training settings all models get")
-    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; without it nothing is trained")
+    parser.add_argument(
+        "--archive", type=existing_file, help="copy of cifar-100-python.tar.gz; without it nothing is trained"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument(
-        "--arguments", type=json.loads, default={}, help='of the builders, as JSON: {"widths": [32, 64]}'
+        "--arguments", type=json_object, default={}, help='of the builders, as JSON: {"widths": [32, 64]}'
     )
     parser.add_argument("--pflop", type=float, nargs="+", default=[0.1], help="budgets of a training")
     parser.add_argument("--epochs", type=int, help="of every training, instead of a budget")
@@ -59,19 +65,25 @@ def main() -> int:
     parser.add_argument("--record", type=Path, required=True, help="JSON lines file of finished trainings")
     parser.add_argument("given", nargs="*", help="further arguments of pipeline/run.py, behind --")
     args = parser.parse_args()
-    if min(args.pflop) <= 0:
-        raise ValueError(f"--pflop {min(args.pflop):g}: give positive budgets")
+    if wrong := [pflop for pflop in args.pflop if not 0 < pflop < math.inf]:
+        parser.error(f"--pflop {wrong[0]:g}: give positive budgets")
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f"--epochs {args.epochs}: give at least 1")
+    if unused := [option for option in args.given if option.startswith("--model.")]:
+        parser.error(f"{unused[0]} changes none of these models: give --arguments of their builders")
     from accuracy import archive_arguments  # not before: it imports Ray, which reads what `run_command` sets
 
-    rows = json_lines.read(args.record) if args.record.exists() else []
-    if args.archive or args.preset == "quickstart":
+    trains = bool(args.archive) or args.preset == "quickstart"
+    rows = (json_lines.begin if trains else json_lines.read)(args.record, FIELDS)
+    if trains:
         with tempfile.TemporaryDirectory(prefix="comparison-") as storage:
             given = [args.preset, *(archive_arguments(args.archive) if args.archive else []), "--storage", storage]
             given += ["--search.num-trials", "0", "--evaluation.corruption-rows", "0", *args.given]
             base = parse(given)[1].config
             for budget in args.pflop if args.epochs is None else [args.epochs]:
                 for name in args.models:
-                    train_missing(base, name, args.arguments, budget, args.seeds, rows, args.record)
+                    if code := train_missing(base, name, args.arguments, budget, args.seeds, rows, args.record):
+                        return code
     show(rows)
     print(json.dumps({"benchmark": "comparison", "runs": rows}))
     return 0
@@ -85,8 +97,10 @@ def train_missing(
     seeds: list[int],
     rows: list[dict[str, Any]],
     record: Path,
-) -> None:
+) -> int:
     """Trains a model with those seeds that are not among `rows`, and adds them there and to the file `record`.
+
+    Returns 0, or the exit code of a training that was stopped or failed, after saying so.
 
     Args:
         base: Settings of the data and the training.
@@ -98,6 +112,8 @@ def train_missing(
         record: File of finished trainings.
     """
     import comparison_models
+
+    from pipeline.workflow.task import Stopped, TaskFailed
 
     model = OwnModel(comparison_models.BUILDERS[name], arguments)
     size = size_of(replace(model, image_shape=base.model.image_shape, num_classes=base.model.num_classes))
@@ -113,9 +129,16 @@ def train_missing(
         )
         config = replace(base, train=train)
         settings = settings_of(config, arguments)
-        if any((row["model"], row["settings"]) == (name, settings) for row in rows):
+        if any((row["model"], row["settings"]) == (name, settings) and is_of_size(row, size) for row in rows):
             continue
-        result = train_own_model(config, model)
+        try:
+            result = train_own_model(config, model)
+        except Stopped as stopped:
+            say_error(f"stopped: the same command trains {name} with seed {seed} from the beginning")
+            return 128 + stopped.signal
+        except TaskFailed as failed:
+            say_error(f"error: {failed}")
+            return 1
         history, found = result["train"]["history"], result["evaluate"]
         assert found["macs_per_image"] == size["macs"]
         row = {
@@ -137,6 +160,26 @@ def train_missing(
         json_lines.add(record, row)
         rows.append(row)
         print(f"{name}, {row['pflop']:.3f} PFLOP, seed {seed}: {row['test']['top1']:.2%}", file=sys.stderr, flush=True)
+    return 0
+
+
+def is_of_size(row: dict[str, Any], size: dict[str, int]) -> bool:
+    """Whether a row is of the model as it is now: a preset changes, and its name stays.
+
+    How multiply-accumulates are counted has changed by less than a thousandth.
+    """
+    return row["parameters"] == size["parameters"] and math.isclose(1e6 * row["mmacs"], size["macs"], rel_tol=1e-3)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Type of an option that is a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return found
 
 
 def processor(trained: dict[str, Any]) -> str:
@@ -148,11 +191,16 @@ def size_of(model: OwnModel) -> dict[str, int]:
     """Multiply-accumulates of an image and parameters of a model.
 
     Raises:
-        ValueError: if the multiply-accumulates are not known, from which the number of epochs follows.
+        ValueError: if the builder does not take the arguments, or the multiply-accumulates are not known, from which
+            the number of epochs follows.
     """
     from pipeline.training.models import build_model, count_macs
+    from pipeline.training.worker import OwnModelError
 
-    built = build_model(model)
+    try:
+        built = build_model(model)
+    except OwnModelError as error:
+        raise ValueError(f"--arguments {json.dumps(model.arguments)}: {error}") from error
     macs = count_macs(built, model.image_shape)
     if macs is None:
         raise ValueError(f"the multiply-accumulates of {model.name} cannot be counted: give it no loops or conditions")
@@ -165,9 +213,16 @@ def epochs_for(pflop: float, macs: int, rows: int) -> int:
 
 
 def settings_of(config: PipelineConfig, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What decides the result of a training and, by the workers, its duration."""
+    """What decides the result of a training and, by the workers, its duration.
+
+    Of the data, what differs from the default: other splits are other rows.
+    """
     train = keyed(config.train) | {name: getattr(config.train, name) for name in ("num_workers", "cpus_per_worker")}
+    if config.train.use_gpu:
+        train["use_gpu"] = True
+    defaults = {field.name: field.default for field in fields(DatasetConfig)}
     data = {name: getattr(config.data, name) for name in ("source", "sha256", "seed")}
+    data |= {name: value for name, value in keyed(config.data).items() if value != defaults[name]}
     return json.loads(json.dumps({"data": data, "train": train, "arguments": arguments}))  # tuples become lists
 
 
@@ -200,4 +255,4 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_benchmark(main)

@@ -29,6 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import tensorflow as tf
+from ending import existing_file, run_benchmark, stopped_with_this
 from gpu_host import augmented_per_second
 from gpu_parts import Part, measure_parts
 from gpu_steps import VARIANTS, Job, Speed, jobs, measure_steps, speed_of
@@ -37,7 +38,6 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.devices import (
-    GpuError,
     Precision,
     best_precision,
     load_cusolver,
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=3, help="steps that are compiled at the same time")
     parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--train", type=Path, help="copy of cifar-100-python.tar.gz; trains cifar100_gpu on it")
+    parser.add_argument(
+        "--train", type=existing_file, help="copy of cifar-100-python.tar.gz; trains cifar100_gpu on it"
+    )
     parser.add_argument("--record", type=Path, default=Path("gpu.jsonl"), help="of the accuracy with --train")
     args = parser.parse_args()
     load_cusolver()
@@ -165,8 +167,11 @@ def accuracy(archive: Path, record: Path) -> list[dict[str, Any]]:
         "--record",
         str(record),
     ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    *table, line = done.stdout.rstrip().splitlines()
+    with stopped_with_this(command, stdout=subprocess.PIPE) as process:
+        printed, _ = process.communicate()
+    if process.returncode:
+        sys.exit(process.returncode)
+    *table, line = printed.rstrip().splitlines()
     print("\n".join(table))
     return json.loads(line)["runs"]
 
@@ -207,7 +212,4 @@ def _doubling(most: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GpuError as error:
-        sys.exit(f"error: {error}")
+    run_benchmark(main)

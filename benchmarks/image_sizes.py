@@ -21,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 
@@ -104,4 +105,4 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -30,6 +30,7 @@ from typing import Any
 
 import json_lines
 import numpy as np
+from ending import existing_file, run_benchmark
 from image_forms import FORMS, encode
 from rich.console import Console
 from rich.table import Table
@@ -53,7 +54,7 @@ CLASSES = 1000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz")
+    parser.add_argument("--archive", type=existing_file, help="copy of cifar-100-python.tar.gz")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["folders", "parquet", "tars"])
     parser.add_argument("--order", choices=["archive", "classes"], default="archive")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the forms below this folder")
@@ -63,6 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.archive is None) == (args.names is None):
         parser.error("give one of --archive and --names")
+    if args.record:
+        json_lines.begin(args.record)
     if args.names is not None:
         result: dict[str, Any] = {"benchmark": "image_names"} | measure_names(args.names)
         show_names(result)
@@ -199,4 +202,4 @@ def show_names(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

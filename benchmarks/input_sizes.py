@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 from turns import Answer, Contestant
@@ -165,4 +166,4 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from ending import run_benchmark
 from matrix_products import product_shapes, products
 from published_example import PUBLISHED_MACS, published
 from step_profile import print_profile
@@ -37,6 +38,8 @@ from pipeline.devices import cpu_name
 
 PUBLISHED = "published"
 MODELS = (PUBLISHED, "keras_example", "keras_example_fixed", "cifar100")
+DTYPES = {"float32": "float32", "mixed_bfloat16": "bfloat16"}
+"""Of the products that a step is compared with, by its precision."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Speed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
-    parser.add_argument("--precisions", nargs="+", default=["float32", "mixed_bfloat16"])
+    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--compilers", nargs="+", default=["plain", "xla"], choices=["plain", "xla"])
     parser.add_argument("--batch-size", type=int, default=8, help="images per step; cifar100 takes 16 times as many")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
@@ -94,7 +97,7 @@ def main() -> None:
     if args.profile:
         for precision in args.precisions:
             size = step_size(args.profile, args.batch_size)
-            print(f"{args.profile}, {precision}, plain, batch {args.batch_size}: share of the time of all operations")
+            print(f"{args.profile}, {precision}, plain, batch {size}: share of the time of all operations")
             print_profile(training_step(args.profile, precision, False, size))
         return
     speeds: list[Speed] = []
@@ -108,7 +111,7 @@ def measure(
     models: Sequence[str], precision: str, compilers: Sequence[str], batch_size: int, rounds: int, side: int
 ) -> list[Speed]:
     """Measures all models at one precision in turns; the first result is the peak of the machine."""
-    dtype = "bfloat16" if precision == "mixed_bfloat16" else "float32"
+    dtype = DTYPES[precision]
     steps: dict[tuple[str, str], Callable[[], object]] = {("peak", ""): products([(1, side, side, side)], dtype)}
     sizes = {name: step_size(name, batch_size) for name in models}
     for name in models:
@@ -190,4 +193,4 @@ def print_table(speeds: Sequence[Speed]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -22,6 +22,7 @@ import json_lines
 import keras
 import numpy as np
 from accuracy import archive_arguments
+from ending import existing_file, run_benchmark
 from published_example import PUBLISHED_MACS, published
 
 from pipeline.data.ingest import load
@@ -33,7 +34,7 @@ BATCH_SIZE, LEARNING_RATE = 64, 1e-3  # those of the example
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, required=True, help="copy of cifar-100-python.tar.gz")
+    parser.add_argument("--archive", type=existing_file, required=True, help="copy of cifar-100-python.tar.gz")
     parser.add_argument("--record", type=Path, help="JSON lines file to which the run is appended")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--points", type=int, default=6, help="points of the curve")
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, help="test rows; default: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.record:
+        json_lines.begin(args.record)
     keras.utils.set_random_seed(args.seed)
     data = parse(["keras_example", *archive_arguments(args.archive)])[1].config.data
     rows = load(data)
@@ -105,4 +108,4 @@ def shuffled(ids: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import ray
 import tyro
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 
@@ -152,4 +153,4 @@ def _next_checkpoint(storage: Storage, training: threading.Thread) -> None:
 
 if __name__ == "__main__":
     os.environ["PERCEIVER_RECOVERY"] = str(os.getpid())
-    main()
+    run_benchmark(main)

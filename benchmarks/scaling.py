@@ -16,19 +16,19 @@ while another one carries as much in the other direction.
 
 import argparse
 import json
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import json_lines
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 from scaling_hosts import goodput, limit, run_workers, two_hosts
 from scaling_model import Network, Remedies, Step, at_speed, calibrated, efficiency, ring_seconds, step_seconds
 
+FIELDS = ("kind", "speed", "seconds")
 RECORD = Path(__file__).parent / "data" / "scaling.jsonl"
 WORKER = Path(__file__).with_name("scaling_worker.py")
 UNLIMITED_TURNS = 30
@@ -58,14 +58,15 @@ def main() -> None:
     parser.add_argument("--speeds", nargs="+", default=list(SPEEDS), choices=SPEEDS)
     parser.add_argument("--turns", type=int, default=6, help="sums of each vector on a limited link")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
+    if args.measure or args.gain:
+        json_lines.begin(args.record, FIELDS)
     if args.measure:
         for row in measured(args.speeds, args.turns):
             json_lines.add(args.record, row)
     if args.gain:
         for row in gains(args.speeds):
             json_lines.add(args.record, row)
-    rows = json_lines.read(args.record)
+    rows = json_lines.read(args.record, FIELDS)
     comparison = compared(rows)
     show_comparison(comparison)
     show_gains([row for row in rows if row["kind"] == "gain"])
@@ -165,4 +166,4 @@ def show_predictions(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -106,7 +106,16 @@ with socket.create_server((own, {PORT})) as server:
     sender.join()
     print((count - first) / (now - start))
 """
-    hosts = []
+    hosts: list[subprocess.Popen[str]] = []
+    try:
+        return _carried(hosts, code)
+    finally:
+        for host in hosts:
+            host.kill()
+
+
+def _carried(hosts: list[subprocess.Popen[str]], code: str) -> float:
+    """Starts `code` on both hosts, adds the processes to `hosts`, and returns the smaller of the numbers they print."""
     for name, own, other in zip(NAMES, ADDRESSES, reversed(ADDRESSES), strict=True):
         command = ["ip", "netns", "exec", name, sys.executable, "-c", code, own, other]
         hosts.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))

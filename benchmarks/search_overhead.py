@@ -16,12 +16,13 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
+from ending import run_benchmark, run_pipeline
 from mlflow import MlflowClient
 from rich.console import Console
 from rich.table import Table
@@ -62,9 +63,7 @@ def search(tree: Path, storage: Path, trials: int, epochs: int) -> None:
     command = [sys.executable, str(tree / "pipeline" / "run.py"), "quickstart"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
     # PYTHONPATH makes sure that the checkout is measured and not an installed copy of the project.
-    process = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.DEVNULL)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
+    run_pipeline(command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=DEVNULL)
 
 
 def measure(storage: Path, cpus: int) -> dict[str, Any]:
@@ -94,4 +93,4 @@ def measure(storage: Path, cpus: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

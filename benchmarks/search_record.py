@@ -27,6 +27,7 @@ from typing import Any
 
 import json_lines
 import numpy as np
+from ending import existing_file, run_benchmark
 
 from perceiver.cost import macs_per_image, parameter_count
 from pipeline.data.config import DatasetConfig
@@ -79,7 +80,7 @@ def recipe(settings: Settings) -> tuple[ModelConfig, TrainingConfig]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", help="copy of cifar-100-python.tar.gz")
+    parser.add_argument("--archive", type=existing_file, help="copy of cifar-100-python.tar.gz")
     parser.add_argument("--lines", type=Path, required=True, help="JSON lines file of finished curves")
     parser.add_argument("--pack", type=Path, help="file for the compressed lines; nothing is trained")
     parser.add_argument("--curves", type=int, default=120)
@@ -106,30 +107,38 @@ def main() -> None:
         free = manager.Queue()
         for job in range(args.jobs):
             free.put(cores[job % len(cores)])
-        with ProcessPoolExecutor(args.jobs, context, start, (free, args.archive, settings)) as pool:
-            for future in as_completed([pool.submit(curve, number, settings) for number in missing]):
-                row = future.result()
-                json_lines.add(args.lines, row)
-                print(progress_line(row), file=sys.stderr, flush=True)
+        with ProcessPoolExecutor(args.jobs, context, start, (free, str(args.archive), settings)) as pool:
+            try:
+                for future in as_completed([pool.submit(curve, number, settings) for number in missing]):
+                    row = future.result()
+                    json_lines.add(args.lines, row)
+                    print(progress_line(row), file=sys.stderr, flush=True)
+            except BaseException:  # a signal or an error: nobody takes the curves that are left
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
 
 
 def finished_curves(lines: Path, settings: Settings) -> set[int]:
     """Numbers of the finished curves. Creates a missing file, with the settings as its first line.
 
     Raises:
-        SystemExit: if the curves of the file have other settings.
+        ValueError: if the curves of the file have other settings.
     """
-    if not lines.exists():
+    if not json_lines.begin(lines):
         json_lines.add(lines, {"settings": vars(settings), "search": vars(SEARCH), "model": SMALLER})
     head, *rows = json_lines.read(lines)
-    if head["settings"] != vars(settings):
-        raise SystemExit(f"{lines} has curves with {head['settings']}, not {vars(settings)}: give another --lines")
+    if head.get("settings") != vars(settings):
+        raise ValueError(f"{lines} has curves with {head.get('settings')}, not {vars(settings)}: give another --lines")
     return {row["number"] for row in rows}
 
 
 def pack(lines: Path, target: Path) -> None:
     """Writes the settings and the curves of `lines` to one compressed file, the record."""
-    head, *rows = json_lines.read(lines)
+    head, *rows = json_lines.read(lines) or [{}]
+    if not rows:
+        raise ValueError(f"{lines} has no curves")
     target.parent.mkdir(parents=True, exist_ok=True)
     contents = json.dumps(head | {"curves": sorted(rows, key=lambda row: row["number"])}, separators=(",", ":"))
     with gzip.GzipFile(target, "wb", mtime=0) as file:  # the same lines give the same bytes
@@ -209,4 +218,4 @@ def curve(number: int, settings: Settings) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from ending import existing_file, run_benchmark
 from rich.console import Console
 from rich.table import Table
 from search_record import SEARCH, unpack
@@ -51,7 +52,7 @@ class Curve:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=("asha", "sampler", "stopped"))
-    parser.add_argument("--record", type=Path, default=RECORD)
+    parser.add_argument("--record", type=existing_file, default=RECORD)
     parser.add_argument("--repeats", type=int, default=200, help="number of replays (asha) or seeds")
     parser.add_argument("--trials", type=int, default=64, help="curves per replay of asha")
     parser.add_argument("--slots", type=int, default=2, help="trials at a time in a replay of asha")
@@ -226,4 +227,4 @@ def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

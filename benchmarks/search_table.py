@@ -16,10 +16,12 @@ import gzip
 import json
 import math
 import statistics
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ending import run_benchmark
 from rich.console import Console
 from rich.table import Table
 
@@ -49,11 +51,14 @@ def main() -> None:
 def read(place: Path) -> list[dict[str, Any]]:
     """The trials, in the order in which they began."""
     if place.is_file():
-        with gzip.open(place) as file:
-            return json.load(file)
+        try:
+            with gzip.open(place) as file:
+                return json.load(file)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{place} is no file of packed trials: {error}") from error
     folders = sorted(place.glob("tasks/search/*/state/trials"), key=lambda path: path.stat().st_mtime)
     if not folders:
-        raise SystemExit(f"{place} has no search")
+        raise ValueError(f"{place} has no search")
     return [json.loads(path.read_text()) for path in sorted(folders[-1].glob("trial-*.json"))]
 
 
@@ -91,4 +96,4 @@ def value_table(trials: list[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

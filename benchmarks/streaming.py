@@ -34,6 +34,7 @@ from typing import Any
 
 import json_lines
 import numpy as np
+from ending import existing_file, run_benchmark
 from environments import environment
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +66,7 @@ END_SECONDS = 60
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder for environments and data, which are kept")
-    parser.add_argument("--archive", type=Path, help="copy of cifar-100-python.tar.gz; default: noise")
+    parser.add_argument("--archive", type=existing_file, help="copy of cifar-100-python.tar.gz; default: noise")
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each reader")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
@@ -73,6 +74,10 @@ def main() -> None:
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="core to which all are bound")
     parser.add_argument("--record", type=Path, help="JSON lines file to which the result is appended")
     args = parser.parse_args()
+    if args.rows < BATCH_ROWS:
+        parser.error(f"--rows {args.rows}: give at least the {BATCH_ROWS} of a batch")
+    if args.record:
+        json_lines.begin(args.record)
     pixels = images_file(args.cache, args.archive, args.rows)
     names = [OWN, *args.peers]
     entries = {name: Entry(name, args.cache, pixels, SHARDS, args.core) for name in names}
@@ -250,4 +255,4 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

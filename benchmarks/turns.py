@@ -4,6 +4,7 @@ The turns are interleaved (A B A B ...), so that a change in the load of the mac
 """
 
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
@@ -63,6 +64,10 @@ class Contestant:
         self._process.kill()  # threads of TensorFlow may keep a finished process alive
         self._process.join()
 
+    def kill(self) -> None:
+        """Ends the process from another thread than that which waits for it: `wait` raises its error there."""
+        self._process.kill()
+
 
 def medians(turns: Iterable[float]) -> tuple[float, float, float]:
     """Median, minimum and maximum."""
@@ -71,6 +76,8 @@ def medians(turns: Iterable[float]) -> tuple[float, float, float]:
 
 
 def _play(connection: Connection, case: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C the parent ends it, without a traceback of its own
+
     def answer(result: Any) -> None:
         connection.send(result)
         try:

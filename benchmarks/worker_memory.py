@@ -16,7 +16,6 @@ import contextlib
 import io
 import itertools
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -31,7 +30,9 @@ import json_lines
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ending import run_benchmark, stopped_with_this
 from PIL import Image
+from process_memory import below, in_memory
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +76,8 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="JSON lines file to which the result is appended")
     parser.add_argument("--figure", type=Path, help="SVG file for the curve of memory over time")
     args = parser.parse_args()
+    if args.record:
+        json_lines.begin(args.record)
     images = args.folder / f"images-{args.rows}"
     write(images, args.rows)
     options = ["--train.shuffle-window-mb", str(args.window_mb), "--train.global-batch-size", str(args.batch)]
@@ -101,12 +104,15 @@ def write(folder: Path, rows: int) -> None:
     """Writes the images: a class is a brightness and each image has noise of its own, so that no two are alike."""
     folder.mkdir(parents=True, exist_ok=True)
     splits = {"train": rows, "test": max(CLASSES * 20, rows // 100)}
+    written = []
     with ProcessPoolExecutor() as pool:
         for split, count in splits.items():
             for number, start in enumerate(range(0, count, ROWS_OF_FILE)):
                 path = folder / f"{split}-{number:05}.parquet"
                 if not path.exists():
-                    pool.submit(write_file, path, start, min(ROWS_OF_FILE, count - start))
+                    written.append(pool.submit(write_file, path, start, min(ROWS_OF_FILE, count - start)))
+        for future in written:
+            future.result()  # else a disk that is full would leave fewer images than are recorded
 
 
 def write_file(path: Path, start: int, count: int) -> None:
@@ -132,7 +138,7 @@ def run(storage: Path, options: list[str], until: str = "train", hold: "Hold | N
     command += ["--train.epochs", str(EPOCHS), *options]
     if until == "train":
         command += ["--force", "train"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with stopped_with_this(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout
         with sampled(process.pid, hold) as memory:
             for line in process.stdout:
@@ -200,26 +206,6 @@ def sampled(driver: int, hold: Hold | None = None) -> Iterator[Memory]:
     finally:
         ended.set()
         thread.join()
-
-
-def below(root: int) -> list[int]:
-    """The process and all its descendants."""
-    children: dict[int, list[int]] = {}
-    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-        with contextlib.suppress(OSError):
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-            children.setdefault(int(parent), []).append(pid)
-    found = [root]
-    for pid in found:
-        found += children.get(pid, [])
-    return found
-
-
-def in_memory(pid: int) -> tuple[int, int]:
-    """Resident memory in bytes without what is shared with Ray's object store, and what of it is not from files."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    resident, unshared, shared = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon", "RssShmem"))
-    return resident - shared, unshared
 
 
 def formula(storage: Path, window_mb: int, batch: int) -> tuple[int, StreamOrder]:
@@ -296,4 +282,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

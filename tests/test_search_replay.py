@@ -39,7 +39,7 @@ def record(tmp_path: Path) -> Path:
             file.write(json.dumps({"number": number, "sample": sample, "epochs": epochs}) + "\n")
         file.write('{"number": 60, "sam')  # killed
     assert search_record.finished_curves(lines, settings) == set(range(60))
-    with pytest.raises(SystemExit, match="give another --lines"):
+    with pytest.raises(ValueError, match="give another --lines"):
         search_record.finished_curves(lines, replace(settings, seed=1))
     target = tmp_path / "curves.json.gz"
     search_record.pack(lines, target)
