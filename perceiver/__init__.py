@@ -4,6 +4,7 @@ model.py                   `Perceiver`, from uint8 images to logits, and `attent
 config.py                  `PerceiverConfig`, its settings
 config_checks.py           which values of them, and which together, are refused
 presets.py                 named settings
+freezing.py                which parts of a model are frozen, for its config
 cost.py                    parameters, multiply-accumulates and activation memory of a config
 preprocessing.py           images to rows of the data array: normalisation, patches, convolutional stem
 whitening.py               decorrelation of patches by the covariance of natural images

@@ -1,7 +1,7 @@
 """The Perceiver (Jaegle et al., arXiv:2103.03206): uint8 images to logits by latents that attend to them repeatedly."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from keras import layers, ops
 
 from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
 from perceiver.config import PerceiverConfig
+from perceiver.freezing import freeze_parts, frozen_parts
 from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 from perceiver.position_encoding import FourierPositionEncoding, LearnedPositionEncoding
@@ -26,6 +27,8 @@ class Perceiver(keras.Model):
 
     Args:
         name, dtype, trainable: As in every Keras model; `dtype="mixed_bfloat16"` computes in bfloat16.
+        frozen: Paths of layers and weights whose `trainable` is false once the model is built. A model that is saved
+            lists here what was frozen in it, so that it is frozen in the loaded one too.
         **fields: Fields of `PerceiverConfig`.
 
     Call: uint8 images (B, H, W, channels), values 0..255 -> float32 logits (B, classes). The optional
@@ -41,10 +44,19 @@ class Perceiver(keras.Model):
         (2, 10)
     """
 
-    def __init__(self, *, name: str | None = None, dtype: Any = None, trainable: bool = True, **fields: Any) -> None:
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        dtype: Any = None,
+        trainable: bool = True,
+        frozen: Sequence[str] = (),
+        **fields: Any,
+    ) -> None:
         # No autocast: the first layer gets the uint8 images and casts them to float32 whatever the compute dtype.
         super().__init__(name=name, dtype=dtype, trainable=trainable, autocast=False)
         self.config = PerceiverConfig(**fields)
+        self._frozen = tuple(frozen)
 
     def build(self, input_shape: Shape | None = None) -> None:
         config = self.config
@@ -55,6 +67,7 @@ class Perceiver(keras.Model):
         self._build_input()
         self._build_encoder(seeds)
         self._build_head(seeds)
+        freeze_parts(self, self._frozen)
 
     def _build_input(self) -> None:
         config, dtype = self.config, self.dtype_policy
@@ -260,7 +273,9 @@ class Perceiver(keras.Model):
         return input_shape[0], self.config.num_classes
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **asdict(self.config)}
+        frozen = frozen_parts(self) if self.built else list(self._frozen)
+        # Only where there are any, so that earlier versions read the others.
+        return {**super().get_config(), **asdict(self.config), **({"frozen": frozen} if frozen else {})}
 
 
 def attention_maps(model: Perceiver, images: Tensor) -> np.ndarray:
