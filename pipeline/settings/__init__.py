@@ -2,5 +2,6 @@
 
 config.py         `PipelineConfig`, which holds a section of each package and checks that they fit together
 presets.py        named configurations, a function each
+no_effect.py      which given options do nothing
 command_line.py   from a command line to a configuration
 """

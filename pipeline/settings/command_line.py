@@ -6,6 +6,7 @@ options were given; a few decide about defaults and about the search, so they ar
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -16,7 +17,9 @@ from pipeline.contact import check_path
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.sources import SOURCES, source_of
-from pipeline.settings.config import PipelineConfig
+from pipeline.masking import mask
+from pipeline.settings.config import PipelineConfig, problem_of_home
+from pipeline.settings.no_effect import without_effect
 from pipeline.settings.presets import PRESETS, with_source
 from tune.config import SearchConfig
 from tune.space import DIMENSIONS
@@ -42,7 +45,8 @@ class Options:
 def parse(argv: Sequence[str]) -> tuple[str, Options]:
     """Parses a command line.
 
-    The process ends with code 2 and one message if an option cannot be used, and with code 0 after `--help`.
+    The process ends with code 2 and one message if an option cannot be used, and with code 0 after `--help`. Options
+    that do nothing beside the others are named on standard error.
 
     Args:
         argv: Arguments without the program's name.
@@ -76,9 +80,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Options]:
     config = replace(_with_absolute_paths(options.config), search=_fix_given(options.config, given))
     config.search_space()
     check_archive(config.data, source_of(config.data))
-    if options.summary_json:
-        _check_writable(options.summary_json)
-    return preset, replace(options, config=config)
+    summary_json = options.summary_json
+    if summary_json:
+        summary_json = _expanded(summary_json, "summary-json")
+        _check_writable(summary_json)
+    for line in without_effect(config, given):
+        print(mask(f"warning: {line}"), file=sys.stderr)
+    return preset, replace(options, config=config, summary_json=summary_json)
 
 
 def _check_writable(path: str) -> None:
@@ -121,11 +129,22 @@ def _find_images(args: Sequence[str], default: PipelineConfig) -> DatasetConfig:
 
 
 def _with_absolute_path(data: DatasetConfig) -> DatasetConfig:
-    return data if data.path is None or "://" in data.path else replace(data, path=_absolute(data.path))
+    return data if data.path is None or "://" in data.path else replace(data, path=_absolute(data.path, "data.path"))
 
 
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+def _absolute(path: str, option: str) -> str:
+    return os.path.abspath(_expanded(path, option))
+
+
+def _expanded(path: str, option: str) -> str:
+    """`path` with the home that `~` stands for.
+
+    Raises:
+        ValueError: if there is no such home; names the option.
+    """
+    if problem := problem_of_home(path):
+        raise ValueError(f"{option} = {path!r} {problem}")
+    return os.path.expanduser(path)
 
 
 def _early_values(args: Sequence[str]) -> dict[str, str]:
@@ -147,11 +166,12 @@ def _with_absolute_paths(config: PipelineConfig) -> PipelineConfig:
     """`config` with paths that mean the same to tasks in another working directory."""
     data, tracking, storage = _with_absolute_path(config.data), config.tracking, config.storage
     if data.archive is not None:
-        data = replace(data, archive=_absolute(data.archive))
+        data = replace(data, archive=_absolute(data.archive, "data.archive"))
     if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
-        tracking = replace(tracking, uri=f"sqlite:///{_absolute(tracking.uri.removeprefix('sqlite:///'))}")
+        file = _absolute(tracking.uri.removeprefix("sqlite:///"), "tracking.uri")
+        tracking = replace(tracking, uri=f"sqlite:///{file}")
     if "://" not in storage:
-        storage = _absolute(storage)
+        storage = _absolute(storage, "storage")
     return replace(config, data=data, tracking=tracking, storage=storage)
 
 

@@ -156,7 +156,15 @@ def _problem_of_path(storage: str) -> str | None:
         return "has control characters: give a path without"
     if problem := problem_of_file_uri(storage):
         return problem
-    if storage.startswith("~") and os.path.expanduser(storage) == storage:
+    return problem_of_home(storage)
+
+
+def problem_of_home(path: str) -> str | None:
+    """Why `~` or `~user` at the begin of a path stands for no folder, and the remedy; None if it does, or is not there.
+
+    Python leaves such a path as it is, and it would name a folder below the current one.
+    """
+    if path.startswith("~") and os.path.expanduser(path) == path:
         return "is in the home of a user that does not exist: give a path"
     return None
 

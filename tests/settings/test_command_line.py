@@ -78,6 +78,7 @@ def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert config.tracking_uri == f"sqlite:///{tmp_path}/runs.db"
     assert config.artifact_location == f"{tmp_path}/mlartifacts"
     assert config_of("--tracking.uri", "http://localhost:5000").artifact_location is None
+    assert parse(["--summary-json=~/s.json"])[1].summary_json == f"{tmp_path}/s.json"
 
 
 def test_a_cluster_sets_where_runs_and_records_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def test_runs_of_the_built_in_sources_keep_their_keys(preset: str, source: str) 
 
 
 def test_what_was_added_later_is_keyed_once_it_is_given() -> None:
-    config = config_of("--train.class-weights", "balanced", "--model.conv-channel-growth", "2")
+    growing = ("--model.num-conv-layers", "3", "--model.conv-channel-growth", "2")
+    config = config_of("--train.class-weights", "balanced", *growing)
     assert keyed(config.train)["class_weights"] == "balanced"
     assert keyed(config.model)["conv_channel_growth"] == 2
 
