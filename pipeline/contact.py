@@ -14,11 +14,15 @@ CONTACT_SECONDS = 10.0
 """How long a place may take to answer at first; the libraries of the clouds try for a quarter of an hour, and the
 kernel asks the server of a network folder without end."""
 
+_IMPORT_SECONDS = 120.0
+"""How long Python may take to import pyarrow, from a network folder at worst, before an object store is asked."""
+
 MAY_HANG = "may hang: "
 """How the names of threads begin that may wait for a server when the command ends; see `pipeline.command.end`."""
 
 _ASK_STORE = """
-import sys, pyarrow.fs
+import signal, sys, pyarrow.fs
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))  # SIGALRM ends this process, in the midst of a call too
 filesystem, path = pyarrow.fs.FileSystem.from_uri(sys.stdin.buffer.read().decode())
 filesystem.get_file_info(path)
 """
@@ -101,26 +105,30 @@ def check_store(uri: str, option: str) -> str | None:
         ValueError: if it does not answer within `CONTACT_SECONDS`.
     """
     try:
-        code, said = _ask(["-P", "-c", _ASK_STORE], uri.encode())  # the URI may hold a key: it is no argument
+        # The URI may hold a key: it is no argument.
+        arguments = ["-P", "-c", _ASK_STORE, str(CONTACT_SECONDS)]
+        code, said = _ask(arguments, uri.encode(), CONTACT_SECONDS + _IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
+        code, said = -signal.SIGALRM, ""
+    if code == -signal.SIGALRM:
         raise ValueError(
             f"{option} = {uri!r} has not answered within {CONTACT_SECONDS:g} s: check that this machine reaches it, "
             "and that the URI names the right endpoint and region"
-        ) from None
+        )
     return (said.strip().rpartition("\n")[2] or f"the process that asked ended with code {code}") if code else None
 
 
-def _ask(arguments: list[str], text: bytes) -> tuple[int, str]:
+def _ask(arguments: list[str], text: bytes, seconds: float | None = None) -> tuple[int, str]:
     """Runs Python with `arguments` and `text` as its input; returns its exit code and what it said of errors.
 
     Raises:
-        subprocess.TimeoutExpired: after `CONTACT_SECONDS`; holds what it has written.
+        subprocess.TimeoutExpired: after so many seconds, or `CONTACT_SECONDS`; holds what it has written.
     """
     process = subprocess.Popen(
         [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
-        _, said = process.communicate(text, CONTACT_SECONDS)
+        _, said = process.communicate(text, CONTACT_SECONDS if seconds is None else seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         # Not longer: the kernel may keep it until a server answers.

@@ -92,6 +92,8 @@ def _problem_of_uri(uri: str) -> str | None:
     """Why a URI of a local folder is read in several ways, and the remedy; None if it is not."""
     if problem := problem_of_file_uri(uri):
         return problem
+    if uri.startswith("~") and os.path.expanduser(uri) == uri:
+        return "is in the home of a user that does not exist: give a path"
     if uri.startswith("file:") and (
         found := sorted(set("%?#") & set(uri))
     ):  # `Storage` takes them as they are, and pyarrow decodes them

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.contact import check_store
 from pipeline.storage import Storage, open_storage
 
 ROOT = Path(__file__).parents[1]
@@ -178,6 +179,13 @@ def test_a_store_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatc
         assert time.monotonic() - start < 10
 
 
+def test_the_time_that_python_takes_to_start_is_not_the_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.contact.CONTACT_SECONDS", 2.0)
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(3)")  # as an import from a slow folder
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert check_store(tmp_path.as_uri(), "storage") is None
+
+
 def test_a_storage_that_answers_is_opened(tmp_path: Path) -> None:
     assert open_storage(str(tmp_path / "not there yet")).root == str(tmp_path / "not there yet")
     with pytest.raises(ValueError, match=r"storage = 'nope://bucket': .*give a folder or a URI that pyarrow.fs takes"):
@@ -188,6 +196,7 @@ def test_a_storage_that_answers_is_opened(tmp_path: Path) -> None:
     ("uri", "problem"),
     [
         ("file://localhost/x", "is no URI of a folder: give the path, or file:///PATH"),
+        ("~nobody-here/x", "is in the home of a user that does not exist: give a path"),
         ("file:/x", "is no URI of a folder: give the path, or file:///PATH"),
         ("file:///x/a%20b", "has %, which other programs read as parts of a URI: give the path, without file://"),
         ("file:///x/a?b#c", "has # and ?, which other programs read as parts of a URI: give the path, without file://"),

@@ -1,6 +1,7 @@
 """Reads verified shards: from storage with a limited number of tries, through a cache on the host's disk, and ahead."""
 
 import contextlib
+import logging
 import mmap
 import queue
 import threading
@@ -16,8 +17,10 @@ import pyarrow as pa
 from pipeline.data.rows import Rows
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shards import from_table, read_table
+from pipeline.masking import mask
 from pipeline.storage import Storage
 
+logger = logging.getLogger(__name__)
 TRIES = 5
 FIRST_PAUSE_SECONDS = 0.5
 """Before the second try; each further pause is twice as long."""
@@ -67,7 +70,17 @@ class ShardReader:
             except OSError as error:
                 failure = error
             if number < TRIES - 1:
-                time.sleep(FIRST_PAUSE_SECONDS * 2**number)
+                pause = FIRST_PAUSE_SECONDS * 2**number
+                # A store that fails every other read makes a training slow, of which nothing else would tell the cause.
+                logger.warning(
+                    "%s could not be read, try %d of %d; the next one follows in %g s: %s",
+                    mask(self.storage.absolute(entry["path"])),
+                    number + 1,
+                    TRIES,
+                    pause,
+                    mask(str(failure)),
+                )
+                time.sleep(pause)
         path = self.storage.absolute(entry["path"])
         raise ShardUnavailableError(f"{path} could not be read in {TRIES} tries: {failure}") from failure
 

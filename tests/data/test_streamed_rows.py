@@ -144,7 +144,9 @@ def test_a_changed_or_missing_shard_is_named(tmp_path: Path) -> None:
         next(data.in_order(evaluation_slices(len(data), 8)))
 
 
-def test_a_store_that_fails_is_asked_again_and_then_named(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_is_asked_again_and_then_named(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     storage, rows, shards = made
     monkeypatch.setattr(shard_reader, "FIRST_PAUSE_SECONDS", 0.001)
     real, failures = Storage.read_bytes, [0]
@@ -158,6 +160,10 @@ def test_a_store_that_fails_is_asked_again_and_then_named(made: Any, monkeypatch
     monkeypatch.setattr(Storage, "read_bytes", read_bytes)
     failures[0] = 4
     np.testing.assert_array_equal(ShardReader(storage).read(shards[0]).images, rows.images[:20])
+    assert [record.getMessage().partition("could not be read, ")[2] for record in caplog.records] == [
+        f"try {number} of 5; the next one follows in {pause:g} s: the store is busy"
+        for number, pause in enumerate([0.001, 0.002, 0.004, 0.008], 1)
+    ]
     failures[0] = 5
     with pytest.raises(ShardUnavailableError, match=r"train/00001\.parquet could not be read in 5 tries: the store is"):
         ShardReader(storage).read(shards[1])
