@@ -111,7 +111,8 @@ def _to_optuna_trial(
     early epoch. A failed trial becomes a pruned one without values, which ranks last, so that TPE avoids the region in
     which the loss becomes NaN.
     """
-    params = {d.name: _to_optuna(trial.values[d.name], d.scale, space.values[d.name]) for d in space.open}
+    values = space.within(trial.values)  # Optuna refuses one just outside its range
+    params = {d.name: _to_optuna(values[d.name], d.scale, space.values[d.name]) for d in space.open}
     fields: dict[str, Any] = {"params": params, "distributions": distributions}
     if trial.status == "running":
         return create_trial(state=TrialState.RUNNING, **fields)

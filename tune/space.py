@@ -15,6 +15,9 @@ from perceiver.config import PerceiverConfig
 from perceiver.cost import macs_per_image, parameter_count
 from tune.config import SearchConfig
 
+ROUNDING = 1e-12
+"""Relative difference up to which two values of a range are the same, as in the 12 digits by which `propose` tells them
+apart."""
 Sample = dict[str, Any]
 Model = TypeVar("Model", bound=PerceiverConfig)
 
@@ -124,13 +127,19 @@ class Space:
             )
 
     def contains(self, sample: Mapping[str, Any]) -> bool:
-        """Whether `sample`, which may come from another search, is a point of this space."""
+        """Whether `sample`, which may come from another search, is a point of this space.
+
+        Earlier versions tried values that rounding had put just outside a range: they count as its end.
+        """
         if sample.keys() != self.values.keys():
             return False
         for dimension in DIMENSIONS:
             if listed := self.values.get(dimension.name):
                 value = sample[dimension.name]
-                if not (listed[0] <= value <= listed[-1] if dimension.scale == "log" else value in listed):
+                inside = value in listed
+                if dimension.scale == "log":
+                    inside = math.isclose(value, _into(listed, value), rel_tol=ROUNDING)
+                if not inside:
                     return False
         return self.allows(sample)
 

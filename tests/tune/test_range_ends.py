@@ -10,7 +10,8 @@ from optuna import visualization
 from perceiver.config import PerceiverConfig
 from tune.config import SearchConfig
 from tune.figures import figures
-from tune.journal import Trial
+from tune.journal import Journal, Trial
+from tune.proposals import propose
 from tune.space import DIMENSIONS, Space
 
 CLOSED: dict[str, Any] = {d.name: () for d in DIMENSIONS}
@@ -76,3 +77,44 @@ def test_a_mistake_of_the_code_that_draws_is_no_warning(monkeypatch: pytest.Monk
     monkeypatch.setattr(visualization, "plot_slice", None)
     with pytest.raises(TypeError):
         drawn([3e-3, 5e-3])
+
+
+class Memory:
+    """A store whose files are in memory."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.files[path] = value
+
+    def read_json(self, path: str) -> Any:
+        return self.files[path]
+
+    def exists(self, path: str) -> bool:
+        return path in self.files
+
+    def list(self, path: str) -> list[str]:
+        return [name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/")]
+
+    def delete(self, path: str) -> None:
+        del self.files[path]
+
+
+def test_an_earlier_trial_just_outside_the_range_is_not_lost() -> None:
+    store, space = Memory(), space_of(1e-3, 9e-3)
+    before = Journal(store, "before")
+    for trial in trials_at([0.0009999999999999998, 3e-3, 0.009000000000000001, 0.00901]):
+        before.write(trial)
+    taken = Journal(store, "now", ["before"]).earlier(space)
+    assert [trial.values["learning_rate"] for trial in taken] == [0.0009999999999999998, 3e-3, 0.009000000000000001]
+    settings = SearchConfig(**CLOSED | {"learning_rate": (1e-3, 9e-3), "num_startup_trials": 1})
+    proposed = propose(space, settings, 1, taken, earlier=taken)
+    assert proposed is not None
+    assert 1e-3 <= proposed["learning_rate"] <= 9e-3
+
+
+def test_the_value_of_a_fixed_dimension_is_its_own() -> None:
+    space = Space({"learning_rate": (1e-3,)}, PerceiverConfig())
+    assert space.contains({"learning_rate": 1e-3})
+    assert not space.contains({"learning_rate": 1.0001e-3})
