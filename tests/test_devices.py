@@ -236,7 +236,7 @@ def test_a_precision_that_a_processor_is_slow_at_is_mentioned(
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n")
     monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(devices.platform, "machine", lambda: machine)
+    monkeypatch.setattr("platform.machine", lambda: machine)
     assert re.search(expected, devices.precision_advice(precision, use_gpu=False))
 
 

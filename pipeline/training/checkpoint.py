@@ -2,21 +2,24 @@
 
 arrays.npz   weights; optimizer state with learning rate and loss scale; state of the seed generators of dropout; best
              weights so far; metrics of an unfinished epoch
-state.json   position in the data, history, state of the callbacks
+state.json   position in the data, history, state of the callbacks, settings of the training
 
 Keras would write HDF5, whose library aborts the process when the disk is full.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from perceiver.config import PerceiverConfig
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointError
+from pipeline.training.config import TrainingConfig
+from pipeline.training.own_model import OwnModel
 
 ARRAYS_FILE = "arrays.npz"
 
@@ -35,6 +38,7 @@ class TrainingState:
         metrics: Variables of the model's metrics, where `step` > 0.
         order: Shuffle seed, global batch size and number of rows, which determine the order of the rows.
         seconds: Time that these steps took; 0 in a checkpoint from before this was kept.
+        settings: What `settings_of` gives of the training; empty in a checkpoint from before this was kept.
     """
 
     epoch: int = 0
@@ -46,6 +50,56 @@ class TrainingState:
     metrics: list[np.ndarray] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def settings_of(model: PerceiverConfig | OwnModel, config: TrainingConfig) -> dict[str, Any]:
+    """The settings that decide what a training gives, by `section.name`.
+
+    Of a model of one's own only the arguments of its builder are known here, and those only where JSON holds them.
+    """
+    found = {f"train.{name}": value for name, value in _deciding(config).items()}
+    if isinstance(model, PerceiverConfig):
+        found |= {f"model.{name}": value for name, value in _deciding(model).items()}
+    else:
+        found |= {f"model.arguments[{name!r}]": value for name, value in model.arguments.items()}
+    return {name: value for name, value in found.items() if _as_json(value) is not None}
+
+
+def check_settings(state: TrainingState, model: PerceiverConfig | OwnModel, config: TrainingConfig) -> None:
+    """Checks that a checkpoint is of a training with these settings: shapes alone do not tell learning rates apart.
+
+    Raises:
+        ValueError: if not; names the settings.
+    """
+    if not state.settings:
+        return
+    # A setting that is younger than the checkpoint had its default then.
+    then = {f"train.{f.name}": f.default for f in fields(config)}
+    if isinstance(model, PerceiverConfig):
+        then |= {f"model.{f.name}": f.default for f in fields(model)}
+    then |= state.settings
+    differing = [
+        f"{name} = {then.get(name)}, this one has {value}"
+        for name, value in settings_of(model, config).items()
+        if _as_json(then.get(name)) != _as_json(value)
+    ]
+    if differing:
+        raise ValueError(
+            f"the checkpoint is of a training with {'; with '.join(differing)}: give the settings of then, or train "
+            "from the start"
+        )
+
+
+def _deciding(section: PerceiverConfig | TrainingConfig) -> dict[str, Any]:
+    return {f.name: getattr(section, f.name) for f in fields(section) if f.metadata.get("keyed") is not False}
+
+
+def _as_json(value: Any) -> str | None:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def save(directory: Path, model: keras.Model, state: TrainingState) -> None:
@@ -67,9 +121,9 @@ def _write(directory: Path, model: keras.Model, state: TrainingState) -> None:
     groups |= {"best": state.best_weights, "metric": state.metrics}
     arrays = {f"{name}_{i}": value for name, values in groups.items() for i, value in enumerate(values)}
     np.savez(directory / ARRAYS_FILE, **arrays)  # type: ignore[arg-type]
-    fields = asdict(state)
-    del fields["best_weights"], fields["metrics"]
-    (directory / STATE_FILE).write_text(json.dumps(fields))
+    kept = asdict(state)
+    del kept["best_weights"], kept["metrics"]
+    (directory / STATE_FILE).write_text(json.dumps(kept))
 
 
 def load(directory: Path, model: keras.Model) -> TrainingState:

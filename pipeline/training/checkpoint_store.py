@@ -7,6 +7,7 @@ Ray Train's checkpoint manager is not used: it registers a checkpoint only when 
 so that a crash before then loses a checkpoint that is already in storage, and it does not verify what it restores.
 """
 
+import contextlib
 import logging
 import math
 import re
@@ -104,9 +105,15 @@ class CheckpointStore:
             commit = {"files": files, "score": score if math.isfinite(score) else None}
             self._storage.write_json(f"{self.path(name)}/{COMMIT_FILE}", commit)
         except OSError as error:
-            self._storage.delete(self.path(name))
+            # What fails the copy may fail this too; without its commit, the partial copy is none that is restored.
+            with contextlib.suppress(OSError):
+                self._storage.delete(self.path(name))
             raise CheckpointError.at(self._storage.absolute(self.path(name)), error) from error
-        self._prune()
+        try:
+            self._prune()
+        except OSError as error:  # the checkpoint is safe, and the next one tries again
+            place = mask(self._storage.absolute(self._prefix))
+            logger.warning("old checkpoints in %s could not be removed: %s", place, mask(str(error)))
         return name
 
     def restore_newest(self, target: Path, on_damage: Callable[[CheckpointsDamaged], None] | None = None) -> str | None:

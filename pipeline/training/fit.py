@@ -82,7 +82,7 @@ def fit(
         OwnModelError: if a model of one's own cannot be built, or does not give logits of all classes.
         CheckpointError: if a checkpoint could not be written; names the path.
         GpuError: if the GPU that `config` asks for does not compute.
-        ValueError: if the checkpoint belongs to another order of rows.
+        ValueError: if the checkpoint is of a training with other settings or another order of rows.
     """
     keras.config.set_dtype_policy(config.precision)
     strategy = _strategy(config, worker)
@@ -165,6 +165,8 @@ def _train(
             f"the checkpoint is of a training with seed, global batch size and rows {progress.order}, this one has "
             f"{order}: epoch {progress.epoch}, step {progress.step} is another place there; train from the start"
         )
+    checkpoint.check_settings(progress, model_config, config)
+    progress.settings = checkpoint.settings_of(model_config, config)
     if progress.finished:
         return
     stopping: list[keras.callbacks.Callback] = [

@@ -1,14 +1,18 @@
 """The content of checkpoints; a damaged one is never restored."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+from perceiver.config import PerceiverConfig
+from pipeline.settings.config import ModelConfig
 from pipeline.storage import Storage
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import TrainingState
@@ -19,6 +23,8 @@ from pipeline.training.checkpoint_store import (
     CheckpointsDamaged,
     CheckpointStore,
 )
+from pipeline.training.config import TrainingConfig
+from pipeline.training.own_model import OwnModel
 
 DISK_BYTES = 2 << 20  # size of `small_disk`
 
@@ -198,3 +204,83 @@ def test_a_checkpoint_from_before_the_seconds_were_kept_is_read(tmp_path: Path) 
     (tmp_path / STATE_FILE).write_text(json.dumps(kept))
     found = checkpoint.load(tmp_path, model)
     assert (found.epoch, found.step, found.seconds) == (1, 2, 0.0)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named_though_its_rest_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path / "runs"))
+
+    def fail(self: Storage, *_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Storage, "upload", fail)
+    monkeypatch.setattr(Storage, "delete", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoints/000001-000000000-\w+ could not be written: .*Input/output"):
+        CheckpointStore(storage, "checkpoints", kept=2).commit(written(tmp_path / "made", "1-0"), 1, 0)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_training(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(storage, "checkpoints", kept=1)
+    committed(storage, store, tmp_path / "made", (1, 0))
+    with monkeypatch.context() as patched:
+
+        def fail(self: Storage, path: str) -> None:
+            raise OSError(13, "Permission denied", path)
+
+        patched.setattr(Storage, "delete", fail)
+        committed(storage, store, tmp_path / "made", (2, 0))
+    assert "checkpoints could not be removed: [Errno 13] Permission denied" in caplog.text
+    assert newest(store, tmp_path / "target") == "2-0"
+    committed(storage, store, tmp_path / "made", (3, 0))
+    assert [name[:6] for name in storage.list("checkpoints")] == ["000003"], "the next one removes them"
+
+
+CHANGED: list[tuple[dict[str, object], dict[str, object], str]] = [
+    ({"learning_rate": 0.004}, {}, "train.learning_rate = 0.002, this one has 0.004: give the settings of then"),
+    (
+        {"weight_decay": 0.0, "epochs": 20},
+        {},
+        "train.epochs = 10, this one has 20; with train.weight_decay = 0.05, this",
+    ),
+    ({}, {"layer_norm_epsilon": 1e-3}, "model.layer_norm_epsilon = 1e-05, this one has 0.001"),
+    ({}, {"pixel_mean": (0.1, 0.2, 0.3)}, "model.pixel_mean = None, this one has (0.1, 0.2, 0.3)"),
+]
+
+
+@pytest.mark.parametrize(("train", "model", "said"), CHANGED)
+def test_a_training_goes_on_with_its_own_settings_alone(
+    train: dict[str, object], model: dict[str, object], said: str
+) -> None:
+    """All of these have the same shapes and the same order of rows."""
+    config, shape = TrainingConfig(num_workers=1), PerceiverConfig()
+    state = read_again(TrainingState(settings=checkpoint.settings_of(shape, config)))
+    checkpoint.check_settings(state, shape, config)
+    checkpoint.check_settings(state, ModelConfig(), replace(config, num_workers=2, checkpoint_every_steps=5))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        checkpoint.check_settings(state, replace(shape, **model), replace(config, **train))  # type: ignore[arg-type]
+
+
+def test_settings_that_a_checkpoint_does_not_know_had_their_defaults() -> None:
+    config, shape = TrainingConfig(num_workers=1), PerceiverConfig()
+    checkpoint.check_settings(TrainingState(), shape, replace(config, learning_rate=1.0))  # from before they were kept
+    known = checkpoint.settings_of(shape, config)
+    state = read_again(TrainingState(settings={n: known[n] for n in known if n not in ("train.cutmix", "model.stem")}))
+    checkpoint.check_settings(state, shape, config)
+    with pytest.raises(ValueError, match=r"train.cutmix = 0.0, this one has 0.5"):
+        checkpoint.check_settings(state, shape, replace(config, cutmix=0.5))
+
+
+def test_arguments_of_a_model_of_ones_own_are_kept() -> None:
+    config = TrainingConfig(num_workers=1)
+    own = OwnModel(made_model, {"units": 3, "dtype": np.float32}, image_shape=(8, 8, 1), num_classes=3)
+    state = read_again(TrainingState(settings=checkpoint.settings_of(own, config)))
+    checkpoint.check_settings(state, own, config)
+    with pytest.raises(ValueError, match=r"model.arguments\['units'\] = 3, this one has 4"):
+        checkpoint.check_settings(state, replace(own, arguments={"units": 4}), config)
+
+
+def read_again(state: TrainingState) -> TrainingState:
+    return TrainingState(**json.loads(json.dumps(asdict(state))))

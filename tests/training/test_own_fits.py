@@ -90,3 +90,13 @@ def test_weights_in_bfloat16_go_on_from_a_checkpoint(tmp_path: Path) -> None:
         cut.run(stop_after=2)
     cut.run()
     assert cut.val_losses == pytest.approx(whole.val_losses, rel=1e-6)
+
+
+def test_a_training_does_not_go_on_with_another_learning_rate(tmp_path: Path) -> None:
+    """The optimizer's rate is in the checkpoint: the other one would be taken without a word, and not be used."""
+    training = Training(tmp_path / "checkpoint", own_models.weights_in_bfloat16)
+    constant: dict[str, Any] = {"learning_rate_schedule": "constant", "epochs": 2}
+    with pytest.raises(Interrupted):
+        training.run(stop_after=1, learning_rate=0.1, **constant)
+    with pytest.raises(ValueError, match=r"train.learning_rate = 0.1, this one has 0.2: give the settings of then"):
+        training.run(learning_rate=0.2, **constant)
