@@ -74,7 +74,9 @@ if __name__ == "__main__":
 
 def started(script: str, folder: Path) -> tuple[subprocess.Popen[str], int]:
     """A benchmark in a session of its own, and the process that it has started."""
-    (folder / "script.py").write_text(script)
+    # A shell ignores Ctrl-C for what it starts in the background, and so would all that this process starts.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    (folder / "script.py").write_text(heard + script)
     process = subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=folder,
@@ -113,11 +115,13 @@ def test_a_signal_ends_a_benchmark_and_what_it_has_started(
     try:
         _, errors = process.communicate(timeout=60)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        has_outlived = Path(f"/proc/{child}").exists()
+        for kill, identity in ((os.killpg, process.pid), (os.kill, child)):
+            with contextlib.suppress(ProcessLookupError):
+                kill(identity, signal.SIGKILL)
+        process.communicate()
     assert (process.returncode, "Traceback" in errors) == (code, False), errors
-    assert not Path(f"/proc/{child}").exists()
+    assert not has_outlived
     if script is PIPELINE:
         assert (tmp_path / "signals").read_text() == f"{signal.SIGTERM:d} ", "a second signal would end it at once"
     if script is ABLATIONS:

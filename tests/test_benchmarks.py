@@ -25,6 +25,7 @@ from pipeline.training.config import TrainingConfig
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_chunked_attention() -> None:
     table, result = benchmark(
         "chunked_attention",
@@ -38,6 +39,7 @@ def test_chunked_attention() -> None:
     assert plain["peak_mib"] > 0
 
 
+@pytest.mark.slow
 def test_model_step() -> None:
     table, rows = benchmark(
         "model_step",
@@ -58,6 +60,7 @@ def test_model_step() -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_image_sizes() -> None:
     small = ("--preset", "quickstart", "--sides", "16", "8", "--channels", "1", "--batch-size", "2", "--rounds", "1")
     table, result = benchmark("image_sizes", *small)

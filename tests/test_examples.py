@@ -32,6 +32,7 @@ def accuracy(script: str, pattern: str, cwd: Path, *args: str, **variables: str)
     return int(found[1])
 
 
+@pytest.mark.long
 def test_two_processes_train(tmp_path: Path) -> None:
     """Although the environment has a proxy, as in most companies: TensorFlow would look for the other worker there."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -62,6 +63,7 @@ def test_a_model_of_ones_own_trains_in_the_pipeline_and_is_not_trained_again(tmp
     assert [len(list((tmp_path / "runs" / "tasks" / task).iterdir())) for task in ("train", "evaluate")] == [1, 1]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_program_with_a_ray_of_its_own_trains_models_in_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

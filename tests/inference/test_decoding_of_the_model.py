@@ -42,6 +42,7 @@ def write_copies(folder: Path) -> dict[str, str]:
     return copies | {"half.png": "over white.png"}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_copies_in_other_files_get_the_same_class(tmp_path: Path) -> None:
     copy_of = write_copies(tmp_path / "images")

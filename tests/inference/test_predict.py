@@ -113,6 +113,7 @@ def test_a_folder_of_images_by_the_registered_model(
         predict(PredictOptions(**vars(options) | {"output": str(tmp_path / "full")}), silent())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_job_all_of_whose_images_fail_has_failed(
     model_folder: tuple[Path, list[np.ndarray]],

@@ -121,6 +121,7 @@ def test_mixed_precision(name: str, policy: str) -> None:
     np.testing.assert_allclose(logits, full(images_of(config)), atol=0.15)
 
 
+@pytest.mark.long
 def test_fits_with_loss_scaling_and_xla() -> None:
     config = replace(TINY["conv"], num_iterations=1, dropout=0.1, attention_dropout=0.1)
     images, labels = images_of(config, 8), np.arange(8) % 5

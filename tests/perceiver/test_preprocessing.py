@@ -89,7 +89,8 @@ def test_a_row_of_the_data_array_sees_its_own_patch_alone() -> None:
     images = np.zeros((2, *config.image_shape), np.uint8)
     images[1, 2:4, 4:6] = 255  # the patch in the second row and the third column of the grid
     rows = keras.ops.convert_to_numpy(model.data_array(images))
-    assert (rows[0] != rows[1]).any(axis=-1).nonzero()[0].tolist() == [config.grid[1] + 2]
+    # Not compared for equality: a product of matrices may round equal rows differently, by where they stand in it.
+    assert (np.abs(rows[0] - rows[1]).max(axis=-1) > 1e-5).nonzero()[0].tolist() == [config.grid[1] + 2]
     bare = keras.ops.convert_to_numpy(model.positions(model.stem(model.normalization(images))))
     expected = bare + keras.ops.convert_to_numpy(model.input_mlp(model.input_norm(bare)))
     np.testing.assert_allclose(rows, expected, rtol=1e-6)

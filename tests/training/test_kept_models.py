@@ -64,6 +64,7 @@ def policy() -> Any:
     keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_kept_model_trains_as_a_new_one(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, kept = TrainingConfig(**{**TRAIN, **RECIPES[recipe]}), KeptModels()
