@@ -41,7 +41,7 @@ class Driver:
     log: Path
     summary_path: Path
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 420) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -56,7 +56,7 @@ class Driver:
         assert self.wait() == 0, self.output
         return json.loads(self.summary_path.read_text())
 
-    def wait_for(self, text: str, timeout: float = 180) -> None:
+    def wait_for(self, text: str, timeout: float = 360) -> None:
         deadline = time.monotonic() + timeout
         while text not in self.output:
             assert self.process.poll() is None, f"ended before {text!r}:\n{self.output}"

@@ -75,7 +75,7 @@ class Run(threading.Thread):
     def checkpoints(self) -> list[str]:
         return [name for name in self.storage.list(f"{self.state}/checkpoints") if NAME.fullmatch(name)]
 
-    def wait_for_another_checkpoint(self, timeout: float = 200) -> None:
+    def wait_for_another_checkpoint(self, timeout: float = 400) -> None:
         last, deadline = self.checkpoints()[-1:], time.monotonic() + timeout
         while self.checkpoints()[-1:] == last:
             assert self.is_alive(), f"ended: {self.output} {self.error}"
