@@ -68,6 +68,16 @@ def problem_of_file_uri(uri: str) -> str | None:
     return None
 
 
+def problem_of_home(path: str) -> str | None:
+    """Why `~` or `~user` at the start of a path stands for no folder, and the remedy; None if it does, or is not there.
+
+    Python leaves such a path as it is, and it would name a folder below the current one.
+    """
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        return "is in the home of a user whom this host does not know: give a path"
+    return None
+
+
 def check_path(path: str, option: str, tree: bool = False) -> None:
     """Checks that the file system of a path on this host answers.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from pipeline.contact import check_path, check_store, problem_of_file_uri
+from pipeline.contact import check_path, check_store, problem_of_file_uri, problem_of_home
 
 
 class CorruptFileError(ValueError):
@@ -90,10 +90,8 @@ def open_storage(uri: str, option: str = "storage", tree: bool = False) -> "Stor
 
 def _problem_of_uri(uri: str) -> str | None:
     """Why a URI of a local folder is read in several ways, and the remedy; None if it is not."""
-    if problem := problem_of_file_uri(uri):
+    if problem := problem_of_file_uri(uri) or problem_of_home(uri):
         return problem
-    if uri.startswith("~") and os.path.expanduser(uri) == uri:
-        return "is in the home of a user that does not exist: give a path"
     if uri.startswith("file:") and (
         found := sorted(set("%?#") & set(uri))
     ):  # `Storage` takes them as they are, and pyarrow decodes them

@@ -196,7 +196,7 @@ def test_a_storage_that_answers_is_opened(tmp_path: Path) -> None:
     ("uri", "problem"),
     [
         ("file://localhost/x", "is no URI of a folder: give the path, or file:///PATH"),
-        ("~nobody-here/x", "is in the home of a user that does not exist: give a path"),
+        ("~nobody-here/x", "is in the home of a user whom this host does not know: give a path"),
         ("file:/x", "is no URI of a folder: give the path, or file:///PATH"),
         ("file:///x/a%20b", "has %, which other programs read as parts of a URI: give the path, without file://"),
         ("file:///x/a?b#c", "has # and ?, which other programs read as parts of a URI: give the path, without file://"),

@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.contact import check_path
+from pipeline.contact import check_path, problem_of_home
 from pipeline.data.config import DatasetConfig
 from pipeline.data.download import check_archive
 from pipeline.data.sources import SOURCES, source_of
 from pipeline.masking import mask
-from pipeline.settings.config import PipelineConfig, problem_of_home
+from pipeline.settings.config import PipelineConfig
 from pipeline.settings.no_effect import without_effect
 from pipeline.settings.presets import PRESETS, with_source
 from tune.config import SearchConfig

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from perceiver.config import PerceiverConfig
-from pipeline.contact import problem_of_file_uri
+from pipeline.contact import problem_of_file_uri, problem_of_home
 from pipeline.data.config import DatasetConfig
 from pipeline.data.sources import source_of
 from pipeline.evaluation.config import EvaluationConfig
@@ -154,19 +154,7 @@ def _problem_of_path(storage: str) -> str | None:
         return "is no folder: give one"
     if CONTROL.search(storage) or "\n" in storage or "\t" in storage:
         return "has control characters: give a path without"
-    if problem := problem_of_file_uri(storage):
-        return problem
-    return problem_of_home(storage)
-
-
-def problem_of_home(path: str) -> str | None:
-    """Why `~` or `~user` at the begin of a path stands for no folder, and the remedy; None if it does, or is not there.
-
-    Python leaves such a path as it is, and it would name a folder below the current one.
-    """
-    if path.startswith("~") and os.path.expanduser(path) == path:
-        return "is in the home of a user that does not exist: give a path"
-    return None
+    return problem_of_file_uri(storage) or problem_of_home(storage)
 
 
 def flatten(config: PipelineConfig) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Settings of a training. Imports neither TensorFlow nor Ray."""
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.contact import problem_of_home
 from pipeline.fields import ADDED_LATER, EXECUTION, require
 
 WORKERS_REMEDY = "give a number of at least 1, or MIN:MAX for as many of these as the cluster has"
@@ -130,9 +130,8 @@ class TrainingConfig:
         # Workers have working directories of their own.
         rooted = self.cache is None or self.cache.startswith(("/", "~"))
         require(rooted, "train.cache", self.cache, "give a folder from / or ~ on, or leave it out")
-        if self.cache is not None and self.cache.startswith("~"):
-            has_home = os.path.expanduser(self.cache) != self.cache
-            require(has_home, "train.cache", self.cache, "this host knows no such home: give a folder from / on")
+        if problem := problem_of_home(self.cache or ""):
+            raise ValueError(f"train.cache = {self.cache!r} {problem}")
         require(0 < self.learning_rate < math.inf, "train.learning_rate", self.learning_rate, "give a positive number")
         cpus = self.cpus_per_worker
         require(0.001 <= cpus < math.inf, "train.cpus_per_worker", cpus, "give at least 0.001")
