@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["OwnModel", "own_model_command", "train_own_model"]
 
+_UNUSED = ("--model.", "--search.", "--tracking.", "--promotion.")
+"""How options begin that change nothing here."""
+
 
 def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
     """What a script does: trains `model` with a preset and options of `pipeline/run.py`, and prints its figures.
 
     Args:
         model: The model.
-        args: Arguments of the command line: a preset and settings. Those of the Perceiver, the search and the tracking
-            change nothing.
+        args: Arguments of the command line: a preset and settings. Those of the Perceiver, the search, the tracking and
+            the promotion change nothing, and are named on standard error.
 
     Returns:
         The exit code: 0 done; 1 a task failed or another process took over; 2 a setting or the data cannot be used;
@@ -34,6 +37,8 @@ def own_model_command(model: OwnModel, args: Sequence[str]) -> int:
 
     def run() -> int:
         _, options = parse([*args, "--search.num-trials", "0"])
+        if unused := [arg.partition("=")[0] for arg in args if arg.startswith(_UNUSED)]:
+            say_error(f"warning: a model of one's own does not use {', '.join(unused)}: leave it out")
         plain = Options()
         for name in ("dry_run", "until", "force", "summary_json"):
             if getattr(options, name) != getattr(plain, name):

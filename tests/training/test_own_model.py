@@ -247,5 +247,12 @@ def test_what_the_command_does_not_know_of_is_refused(option: str, capsys: pytes
     )
 
 
+def test_options_of_the_perceiver_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model.num-latents=4", "--tracking.experiment", "mine", "--train.epochs", "2", "--until", "train"]
+    assert own_model_command(OwnModel(no_model), ["quickstart", *given]) == 2  # by the last one, so that nothing starts
+    said = "warning: a model of one's own does not use --model.num-latents, --tracking.experiment: leave it out"
+    assert said in capsys.readouterr().err.splitlines()
+
+
 def no_model(**_: Any) -> Any:
     raise AssertionError
