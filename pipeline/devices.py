@@ -110,7 +110,7 @@ def precision_advice(precision: str, use_gpu: bool) -> str:
         use_gpu: Whether the process computes on its GPU, which `set_up_tensorflow` or `require_gpu` has found.
     """
     if not use_gpu:
-        if precision == "float32" or _multiplies_halves():
+        if precision == "float32" or _has_16_bit_kernels():
             return ""
         return (
             f"train.precision = {precision} is slow on {cpu_name()}, which has no AVX-512, above all in the "
@@ -153,7 +153,7 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _multiplies_halves() -> bool:
+def _has_16_bit_kernels() -> bool:
     """Whether oneDNN has kernels for 16-bit floats on this processor; True where that is not known.
 
     On x86-64 they need AVX-512, or AVX-NE-CONVERT, which processors have that came after it without AVX-512. Other
