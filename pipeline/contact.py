@@ -14,8 +14,8 @@ CONTACT_SECONDS = 10.0
 """How long a place may take to answer at first; the libraries of the clouds try for a quarter of an hour, and the
 kernel asks the server of a network folder without end."""
 
-_IMPORT_SECONDS = 120.0
-"""How long Python may take to import pyarrow, from a network folder at worst, before an object store is asked."""
+_IMPORT_SECONDS = 30.0
+"""How long Python may take to import pyarrow, which took 1.4 s, before an object store is asked."""
 
 MAY_HANG = "may hang: "
 """How the names of threads begin that may wait for a server when the command ends; see `pipeline.command.end`."""
