@@ -110,10 +110,11 @@ class TrialTraining:
             training = pool.submit(
                 train_on_workers, model, train, self.manifest, self.storage, state=state, channel=channel
             )
-            reported = 0
+            reported, ended = 0, False
             try:
-                while not training.done():
+                while not ended:
                     time.sleep(POLL_SECONDS)
+                    ended = training.done()  # before the look, so that nothing comes after the last one
                     for event in channel.take():
                         if isinstance(event, EpochEnded):
                             report(event.metrics)
@@ -125,7 +126,9 @@ class TrialTraining:
                 channel.request_stop()  # the workers leave, and with them what they hold of the cluster
                 wait([training])
                 raise
-            for metrics in training.result()["history"][reported:]:  # the end, which came between two looks
+            for metrics in training.result()["history"][
+                reported:
+            ]:  # their events were lost with the process of the channel
                 report(metrics)
 
 
