@@ -37,6 +37,14 @@ for name in ("PERCEIVER_STORAGE", "RAY_ADDRESS"):
 CIFAR100_SHA256 = "0e3f37122b9147361d823b7b16f3a4015b4371d0fd7630f6e8019ff716bf3b1d"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives those that take long half an hour: on a slow machine, three pipelines took more than ten minutes."""
+    for item in items:
+        takes_long = item.get_closest_marker("long") or item.get_closest_marker("slow")
+        if takes_long and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 def pytest_collection_finish() -> None:
     """Exempts the modules that are imported by now from garbage collection: walking all of them takes a second."""
     gc.freeze()

@@ -147,7 +147,7 @@ def test_what_the_user_did_wrong_is_one_message(command: tuple[str, ...], messag
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

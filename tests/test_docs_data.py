@@ -31,7 +31,6 @@ def write_digits(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_from_a_folder_to_a_served_model(tmp_path: Path, ray_folder: Path) -> None:
     write_digits(tmp_path)
     for name in ("pipeline", "perceiver", "tune"):
@@ -46,7 +45,7 @@ def test_from_a_folder_to_a_served_model(tmp_path: Path, ray_folder: Path) -> No
         env=os.environ | {"RAY_TMPDIR": str(ray_folder), "PYTHONPATH": str(tmp_path), "COLUMNS": "160"},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=1700,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "path: " in done.stdout

@@ -40,7 +40,7 @@ def storage(tmp_path: Path) -> Path:
 
 def run(storage: Path, *arguments: str) -> str:
     command = [sys.executable, "pipeline/run.py", *SMALL.split(), "--storage", str(storage), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -25,7 +25,7 @@ def accuracy(script: str, pattern: str, cwd: Path, *args: str, **variables: str)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | variables
     environment.pop("TF_CONFIG", None)
     command = [sys.executable, str(EXAMPLES / script), *args]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = re.search(pattern, done.stdout)
     assert found, done.stdout

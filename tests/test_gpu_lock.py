@@ -73,7 +73,6 @@ def test_the_lock_is_made_from_the_extra_of_the_project() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # several GB of wheels
 def test_a_new_environment_has_a_tensorflow_for_gpus_and_the_error_names_the_driver(tmp_path: Path) -> None:
     if driver_is_loaded():
         pytest.skip("this machine has NVIDIA's driver")
@@ -92,7 +91,7 @@ def test_a_new_environment_has_a_tensorflow_for_gpus_and_the_error_names_the_dri
     subprocess.run([*pip, "--require-hashes", "-r", str(LOCK)], check=True, env=os.environ | {"TMPDIR": str(tmp_path)})
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0", "TF_CPP_MIN_LOG_LEVEL": "2"}
     command: list[str | Path] = [python, "-c", IN_THE_NEW_ENVIRONMENT]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     first, message = done.stdout.splitlines()
     (version,) = (name.partition("==")[2] for name in pinned(LOCK) if name.startswith("tensorflow=="))

@@ -56,7 +56,7 @@ def test_remedies_gain_what_they_can_and_no_more() -> None:
 
 def test_the_record_agrees_with_the_model_within_15_percent() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/scaling.py")], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, str(ROOT / "benchmarks/scaling.py")], capture_output=True, text=True, check=True, timeout=600
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert {(row["speed"], row["bytes"]) for row in result["comparison"]} == {
@@ -74,7 +74,7 @@ def test_the_record_agrees_with_the_model_within_15_percent() -> None:
 def test_sums_and_steps_are_measured_on_two_hosts(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--measure", "--gain", "--speeds", "1 Gb/s"]
-    subprocess.run([*command, "--turns", "3", "--record", str(record)], check=True, timeout=280)
+    subprocess.run([*command, "--turns", "3", "--record", str(record)], check=True, timeout=600)
     sums, gain = (json.loads(line) for line in record.read_text().splitlines())
     assert 0.8e8 < sums["goodput"] < 1.25e8, "the link is not limited"
     assert min(sums["seconds"]["40000000"]) > 40e6 / 1.25e8

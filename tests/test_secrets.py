@@ -21,7 +21,7 @@ PASSWORD = "hunter2hunter2"
 def pipeline(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables, timeout=300, check=False
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables, timeout=600, check=False
     )
 
 
@@ -32,7 +32,6 @@ def files_with(text: str, *folders: Path) -> list[Path]:
 
 
 @pytest.mark.slow  # a database and a whole run
-@pytest.mark.timeout(600)
 def test_the_password_of_a_database_is_in_no_output_of_a_run(tmp_path: Path, ray_folder: Path) -> None:
     def in_checkout() -> list[Path]:
         return sorted((ROOT / "mlruns").rglob("*"))  # where MLflow puts artifacts unless it is told otherwise
@@ -67,7 +66,6 @@ def test_the_password_of_a_database_is_in_no_output_of_a_run(tmp_path: Path, ray
 
 
 @pytest.mark.slow  # a store and a whole run with a search
-@pytest.mark.timeout(600)
 def test_the_keys_of_a_store_are_in_no_output_of_a_run(tmp_path: Path, ray_folder: Path) -> None:
     with S3Server(tmp_path / "store") as server:
         out, summary = tmp_path / "out", tmp_path / "out" / "summary.json"

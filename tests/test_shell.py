@@ -18,7 +18,7 @@ PLAN = f"{RUN} quickstart --dry-run --storage /nowhere"
 def shell(script: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a script; its last line `$?` of the command is the exit code."""
     variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(["bash", "-c", script], cwd=cwd, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", "-c", script], cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_what_another_user_has_closed_is_named(tmp_path: Path) -> None:
     if without and shutil.which("setpriv") is None:
         pytest.skip("there is no setpriv, to give up rights of root")
     command = [*without, sys.executable, "-c", CODE, str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     (tmp_path / "closed").chmod(0o755)
     said = dict(line.split(" ", 1) for line in result.stderr.splitlines())
     assert said.keys() == {*files, "clean", "dry-run", "foreign"}, result.stderr

@@ -62,7 +62,7 @@ def kill(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen, log: Path, timeout: float = 120) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen, log: Path, timeout: float = 600) -> None:
     """Waits until `url` answers. The imports of the server take 5 s, and much longer on a busy machine."""
     deadline = time.monotonic() + timeout
     while True:

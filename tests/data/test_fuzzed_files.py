@@ -131,7 +131,7 @@ def check(folder: Path, files: list[Path], *options: str) -> None:
         text=True,
         env=environment,
         cwd=folder,
-        timeout=400,
+        timeout=600,
     )
     results = [json.loads(line) for line in reader.stdout.splitlines() if line.startswith("{")]
     last = f"{len(results)} of {len(files)}, then {files[min(len(results), len(files) - 1)]}"
@@ -150,7 +150,6 @@ def check(folder: Path, files: list[Path], *options: str) -> None:
     assert 0 < sum(map(is_damaged, results)) < len(files), "the mutations are too weak, or too strong"
 
 
-@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("make", "suffix", "count"),
     [
@@ -176,7 +175,6 @@ def test_damaged_files(make: Maker, suffix: str, count: int, tmp_path: Path) -> 
     check(tmp_path, files)
 
 
-@pytest.mark.timeout(500)
 def test_damaged_weights(tmp_path: Path) -> None:
     script = (
         "import sys; sys.argv[1:] = []\n"
@@ -184,7 +182,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
         "import hostile_reader; hostile_reader.small_perceiver().save('good.keras')"
     )
     environment = os.environ | {"PYTHONPATH": str(READER.parents[2])}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=600)
     good, rng, files = (tmp_path / "good.keras").read_bytes(), np.random.default_rng(0), []
     for number in range(100):
         files.append(tmp_path / f"{number:04d}.keras")

@@ -178,7 +178,7 @@ def test_the_largest_image_takes_no_more_than_is_said(mode: str, tmp_path: Path)
 def read_limited(path: Path, mib: int) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": str(READER.parents[2])}
     command = [sys.executable, str(READER), str(mib), str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

@@ -55,7 +55,7 @@ def cluster(home: Path, ray_folder: Path) -> Iterator[str]:
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

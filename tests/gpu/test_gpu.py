@@ -25,7 +25,7 @@ from tiny_training import MODEL, TRAIN
 
 from pipeline.devices import driver_is_loaded
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("gpu_worker.py")
 REHEARSAL = "PERCEIVER_REHEARSE_GPU_TESTS"
@@ -75,7 +75,7 @@ def use_gpu() -> bool:
 def compiled_and_plain(part: str, device: str, use_gpu: bool) -> dict[str, Any]:
     command = [sys.executable, str(STEPS), part, "512" if use_gpu else "8"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": device, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert ("cores" not in found["device"]) == use_gpu, found
@@ -104,7 +104,7 @@ def train(tmp_path: Path, use_gpu: bool) -> Train:
             ]
             pipe = subprocess.PIPE
             processes.append(subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, env=environment))
-        outputs = [process.communicate(timeout=500) for process in processes]
+        outputs = [process.communicate(timeout=600) for process in processes]
         assert all(process.returncode == 0 for process in processes), outputs
         found = [json.loads(output.splitlines()[-1]) for output, _ in outputs]
         assert all(("cores" not in worker["device"]) == on_gpu for worker in found), found
@@ -191,7 +191,7 @@ def test_predict_gives_the_probabilities_of_a_cpu(gpus: list[str], tmp_path: Pat
         places = [str(tmp_path / name) for name in ("model", "images.npz", f"results-{bool(device)}-{len(tables)}")]
         command = [sys.executable, "-m", "pipeline.predict", *places, "--trust", "--num-actors", "1", *asked]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
         assert done.returncode == 0, done.stderr
         said = " ".join(done.stdout.split())
         assert ("cores" not in said.rpartition("classified on")[2]) == bool(device)

@@ -61,7 +61,7 @@ def install_what_is_missing() -> None:
             ["apt-get", "update", "-q"],
             ["apt-get", "install", "-qy", "--no-install-recommends", *missing],
         ):
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
             if result.returncode:
                 raise CannotMakeHosts(f"{shlex.join(command)}: {result.stderr.strip()}")
     probe = [
@@ -121,7 +121,7 @@ def make_key(path: Path) -> None:
 
 
 def check(command: Sequence[str | Path]) -> None:
-    output = run(command, timeout=300)
+    output = run(command, timeout=600)
     if output.code:
         raise CannotMakeHosts(f"{' '.join(map(str, command))}: {output.text.strip()[-500:]}")
 

@@ -150,7 +150,7 @@ class Hosts:
             host.stop()
         self._clear()
 
-    def ray(self, *arguments: str, timeout: float = 300, check: bool = True) -> Output:
+    def ray(self, *arguments: str, timeout: float = 600, check: bool = True) -> Output:
         """Runs `ray ARGUMENTS` as the user does, from the root of the checkout."""
         output = run(
             [Path(sys.executable).with_name("ray"), *arguments], timeout=timeout, cwd=ROOT, environment=self.environment
@@ -160,7 +160,7 @@ class Hosts:
             raise AssertionError(f"ray {shlex.join(arguments)} ended with {output.code}:\n{output.text}")
         return output
 
-    def submit(self, *arguments: str, timeout: float = 300, check: bool = True) -> Output:
+    def submit(self, *arguments: str, timeout: float = 600, check: bool = True) -> Output:
         """`ray submit ray_cluster.yaml pipeline/run.py -- ARGUMENTS`."""
         return self.ray("submit", str(self.yaml), "pipeline/run.py", "--", *arguments, timeout=timeout, check=check)
 

@@ -251,12 +251,12 @@ def test_a_killed_job_is_resumed(model_folder: tuple[Path, list[np.ndarray]], tm
     (killed / "part-000149.parquet.0.tmp").write_text("half of a file, as a killed process leaves it")
     (killed / "notes.tmp").write_text("somebody's")
     again = start(killed)
-    said, _ = again.communicate(timeout=200)
+    said, _ = again.communicate(timeout=600)
     assert again.returncode == 0
     assert "3,000 images done, 10 of them could not be read" in said
     assert all((killed / name).stat().st_mtime_ns == time for name, time in done.items()), "done once"
     other = start(whole)
-    other.communicate(timeout=200)
+    other.communicate(timeout=600)
     files = sorted(path.name for path in whole.iterdir())
     (killed / "notes.tmp").unlink()  # fails if it was deleted
     assert sorted(path.name for path in killed.iterdir()) == files

@@ -168,7 +168,7 @@ def test_of_two_processes_at_once_the_best_is_champion(
         print(retry_transient(register, tracker.uri, 60)["version"])  # as the pipeline does
     """
     processes = [run_python(code, folder, tmp_path, name, number, hits) for number, hits in enumerate((780, 830))]
-    worse, best = (int(process.communicate(timeout=120)[0]) for process in processes)
+    worse, best = (int(process.communicate(timeout=600)[0]) for process in processes)
     assert {worse, best} == {2, 3}
     assert champion(tracker, name) == best
     assert tracker.client.get_model_version(name, str(best)).tags["promotion.state"] == "champion"
@@ -268,7 +268,7 @@ def test_a_killed_registration_is_resumed_to_one_version(folder: Path, tracker: 
     """
     for step in ("log_model_artifacts", "create_model_version", "set_registered_model_alias"):
         process = run_python(code, folder, name, step)
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         assert process.returncode == -signal.SIGKILL
     assert "champion" not in tracker.client.get_registered_model(name).aliases
     registered = register_shapes(tracker, name, "once")

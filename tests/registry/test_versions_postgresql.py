@@ -76,7 +76,7 @@ def test_of_two_processes_at_once_the_best_is_champion(server: TrackingServer, t
         )
         for number in ("second", "best")
     ]
-    second, best = (list(map(int, process.communicate(timeout=120)[0].split())) for process in processes)
+    second, best = (list(map(int, process.communicate(timeout=600)[0].split())) for process in processes)
     assert sorted(second + best) == list(range(2, 8))
     assert champion(tracker, "shapes") == best[-1]
     versions = {int(version.version): version for version in tracker.client.search_model_versions("name = 'shapes'")}

@@ -18,14 +18,13 @@ def run(storage: Path, ray_folder: Path, *options: str) -> tuple[list[dict[str, 
     command = [sys.executable, str(ROOT / "pipeline" / "run.py"), "quickstart", "--until", "search"]
     command += ["--storage", str(storage), "--search.epochs", str(EPOCHS), *options]
     env = os.environ | {"RAY_TMPDIR": str(ray_folder)}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout
     paths = sorted(storage.glob("tasks/search/*/state/trials/trial-*.json"))
     return [json.loads(path.read_text()) for path in paths], done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_trials_on_two_workers_each(tmp_path: Path, ray_folder: Path) -> None:
     options = ("--search.num-trials", "2", "--search.workers-per-trial", "2", "--search.grace-epochs", str(EPOCHS))
     trials, printed = run(tmp_path, ray_folder, *options)
@@ -37,7 +36,6 @@ def test_trials_on_two_workers_each(tmp_path: Path, ray_folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_trial_whose_loss_is_no_number(tmp_path: Path, ray_folder: Path) -> None:
     """The other trial is the best, and the error of the diverged one names the learning rate."""
     options = "--search.num-trials 2 --search.algorithm grid --search.grid-points 2 --search.learning-rate 0.002 1e30"

@@ -33,13 +33,12 @@ def records(storage: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_three_kills_at_random_moments(tmp_path: Path, ray_folder: Path) -> None:
     storage, log, rng = tmp_path / "runs", tmp_path / "log", random.Random(0)
     ended: dict[str, dict[str, Any]] = {}
     for begun in (1, 3, 5):
         driver = start(storage, ray_folder, log)
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while len(records(storage)) < begun:
             assert driver.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

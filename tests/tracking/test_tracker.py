@@ -163,7 +163,7 @@ def test_two_processes_at_once_create_one_run(tmp_path: Path) -> None:
         print(*(tracker.find_or_create_run("train", f"identity {i}") for i in range(20)))
     """
     processes = [run_python(code, tmp_path, number, cwd=PROJECT) for number in range(2)]
-    first, second = (process.communicate(timeout=120)[0].split() for process in processes)
+    first, second = (process.communicate(timeout=600)[0].split() for process in processes)
     assert len(set(first)) == 20
     assert first == second
     tracker = open_tracker(tmp_path)

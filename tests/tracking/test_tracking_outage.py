@@ -53,7 +53,7 @@ class Driver:
         return len(re.findall(r"train +epoch \d+/\d+: ", self.output))
 
     def wait_for_epoch(self, epoch: int) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while self.epochs < epoch:
             assert self.process.poll() is None, self.output
             assert time.monotonic() < deadline, self.output
@@ -90,7 +90,6 @@ def check_history(uri: str, epochs: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_an_outage_costs_neither_time_nor_metrics(server: TrackingServer, tmp_path: Path) -> None:
     epochs = int(80 + 2.5 * OUTAGE_SECONDS)
     options = ["--train.epochs", str(epochs), "--train.early-stopping-patience", str(epochs), "--until", "train"]
@@ -122,7 +121,6 @@ def test_an_outage_costs_neither_time_nor_metrics(server: TrackingServer, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # the drivers wait two minutes for the server
 def test_the_same_command_sends_what_a_dead_server_missed(server: TrackingServer, tmp_path: Path) -> None:
     options = ["--train.epochs", "6", "--until", "train"]
     driver = Driver(tmp_path, server.uri, *options)

@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
             command = [sys.executable, str(Path(__file__).with_name("fit_worker.py")), json.dumps(order)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             workers.append(subprocess.Popen(command, text=True, **pipes))  # type: ignore[call-overload]
-        outputs = [worker.communicate(timeout=240)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=600)[0] for worker in workers]
         if "kill_rank" in orders:
             assert workers[orders["kill_rank"]].returncode == -signal.SIGKILL, "\n".join(outputs)
             assert all(worker.returncode for worker in workers), "a worker went on without the killed one"

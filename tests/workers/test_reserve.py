@@ -63,7 +63,6 @@ def wait_for(what: str, workers: int, spare: int, training: threading.Thread) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_reserve_replaces_workers_and_ends_with_them(tmp_path: Path) -> None:
     storage, settings = Storage(str(tmp_path)), quickstart()

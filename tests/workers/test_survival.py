@@ -75,14 +75,14 @@ class Run(threading.Thread):
     def checkpoints(self) -> list[str]:
         return [name for name in self.storage.list(f"{self.state}/checkpoints") if NAME.fullmatch(name)]
 
-    def wait_for_another_checkpoint(self, timeout: float = 400) -> None:
+    def wait_for_another_checkpoint(self, timeout: float = 600) -> None:
         last, deadline = self.checkpoints()[-1:], time.monotonic() + timeout
         while self.checkpoints()[-1:] == last:
             assert self.is_alive(), f"ended: {self.output} {self.error}"
             assert time.monotonic() < deadline, f"no checkpoint after {last} in {timeout} s"
             time.sleep(0.02)
 
-    def wait_for_other_workers(self, pids: list[int], timeout: float = 200) -> None:
+    def wait_for_other_workers(self, pids: list[int], timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while not (now := worker_pids()) or set(now) & set(pids):
             assert self.is_alive(), f"ended: {self.output} {self.error}"
@@ -142,9 +142,7 @@ def steps_lost(log: Path, steps: int) -> list[int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("kills", "epochs"), [(1, 8), pytest.param(20, 90, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-)
+@pytest.mark.parametrize(("kills", "epochs"), [(1, 8), pytest.param(20, 90, marks=pytest.mark.slow)])
 def test_killed_workers_cost_time_and_nothing_else(
     kills: int, epochs: int, storage: Storage, manifest: dict[str, Any], counting: Path
 ) -> None:
@@ -259,7 +257,6 @@ def test_workers_for_which_there_is_no_room_end_in_an_error(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_an_elastic_training_takes_what_hosts_there_are(
     storage: Storage, manifest: dict[str, Any], tmp_path: Path, ray_folder: Path
 ) -> None:
@@ -270,7 +267,7 @@ def test_an_elastic_training_takes_what_hosts_there_are(
     orders = {"storage": str(tmp_path / "runs"), "train": train}
     command = [sys.executable, str(Path(__file__).with_name("elastic_cluster.py")), json.dumps(orders)]
     environment = os.environ | {"RAY_TMPDIR": str(ray_folder)}
-    elastic = subprocess.run(command, capture_output=True, text=True, timeout=800, env=environment)
+    elastic = subprocess.run(command, capture_output=True, text=True, timeout=1700, env=environment)
     assert elastic.returncode == 0, elastic.stdout + elastic.stderr
     history = json.loads(elastic.stdout.splitlines()[-1])
     sizes = [size for size, _ in itertools.groupby(epoch["num_workers"] for epoch in history)]

@@ -132,7 +132,7 @@ def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     environment |= {"RAY_TMPDIR": str(ray_folder), "RAY_ADDRESS": "local", "HOME": "/mnt"}
     result = subprocess.run(
-        ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
 
