@@ -82,5 +82,6 @@ def _message(name: str, one: str, several: str, parts: list[int]) -> str:
         f"in one process, and {several} when the workers compute {', '.join(map(str, parts))} of the rows and are put "
         "together by their rows. A loss, metric or layer combines the rows of a batch in another way than by a mean "
         "over them, such as a sum, a maximum, a product of rows or a statistic of the batch: make it a mean over rows, "
-        "or turn the comparison off with multiworker.enable(model, check=False) if the difference is intended"
+        "give the optimizer global_clipnorm or clipnorm instead of clipping gradients in the step, or turn the "
+        "comparison off with multiworker.enable(model, check=False) if the difference is intended"
     )

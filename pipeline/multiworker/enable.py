@@ -161,6 +161,8 @@ class _MultiWorker:
                 replaced(self.strategy, "experimental_distribute_dataset", divided),
                 replaced(EpochIterator, "_get_iterator", batches),
             ):
+                if self.first_step and not name.endswith("_on_batch"):
+                    self.first_step.compare_weights(self.guard)
                 if name == "predict":
                     with self.guard.waiting_for_batches():
                         return call(*args, **kwargs)

@@ -39,7 +39,7 @@ def first_rows(batch: Any, strategy: tf.distribute.Strategy) -> Any:
         for number, parts in of_workers
         if number
     ]
-    return _with_padding(tf.nest.map_structure(_joined, *batches))
+    return tf.nest.map_structure(_joined, *batches)
 
 
 def uneven_parts(total: int, workers: int) -> list[int]:
@@ -64,15 +64,7 @@ def take(batch: Any, rows: slice) -> Any:
     return tf.nest.map_structure(taken, batch)
 
 
-def _encoded(value: tf.Tensor) -> list[str]:
-    return [value.dtype.name, base64.b64encode(tf.io.serialize_tensor(value).numpy()).decode()]
-
-
-def _decoded(dtype: str, code: str) -> tf.Tensor:
-    return tf.io.parse_tensor(base64.b64decode(code), tf.as_dtype(dtype))
-
-
-def _with_padding(batch: Any) -> Any:
+def with_padding(batch: Any) -> Any:
     """Sets the second half of every other row of integers to 0, as where sequences of other lengths are padded.
 
     The first batch may happen to have no padding, but a loss that counts the valid entries has to be seen with some.
@@ -90,6 +82,14 @@ def _with_padding(batch: Any) -> Any:
     return tf.nest.map_structure(padded, batch)
 
 
+def _encoded(value: tf.Tensor) -> list[str]:
+    return [value.dtype.name, base64.b64encode(tf.io.serialize_tensor(value).numpy()).decode()]
+
+
+def _decoded(dtype: str, code: str) -> tf.Tensor:
+    return tf.io.parse_tensor(base64.b64decode(code), tf.as_dtype(dtype))
+
+
 def _joined(*values: Any) -> Any:
     if isinstance(values[0], tf.SparseTensor):
         size = tf.reduce_max([value.dense_shape[1:] for value in values], axis=0)
@@ -98,6 +98,8 @@ def _joined(*values: Any) -> Any:
         )
     if values[0] is None or not len(values[0].shape):
         return values[0]
+    if isinstance(values[0], tf.RaggedTensor):
+        return tf.concat(values, 0)
     # Each worker may have padded its sequences to its own longest one.
     size = tf.reduce_max([tf.shape(value)[1:] for value in values], axis=0)
     return tf.concat([_padded_to(size, value) for value in values], 0)

@@ -2,19 +2,20 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from .clipping import clipping_always
 from .comparison import Found, difference, largest_changes
 from .constant_randomness import constant_randomness
 from .data import Share, rows_of
 from .exchange import messages_of_all_workers, of_all_workers
-from .few_rows import first_rows, take, uneven_parts
-from .guard import rank_of
+from .few_rows import first_rows, take, uneven_parts, with_padding
+from .guard import Guard, rank_of
 from .keras_internals import plain_variables, replaced
 from .metrics import Logs
 from .one_replica import OneReplica
@@ -56,8 +57,9 @@ class FirstStep:
     Each worker computes all the rows as if it were the only process. Then the workers compute uneven parts of them, the
     first one a single row, by the operations of every later step. Logs, the variables of metrics, the gradients that
     optimizers get and all variables that a step changes itself must be the same. No optimizer is applied, random
-    numbers are constants, layers of mixed precision compute in the precision of their variables, since the gradients of
-    a few rows in bfloat16 are mostly rounding, and all variables get their values back.
+    numbers are constants, gradients that the step clips itself are always clipped, layers of mixed precision compute in
+    the precision of their variables, since the gradients of a few rows in bfloat16 are mostly rounding, and all
+    variables get their values back.
 
     A deep model may amplify rounding until nothing of a gradient is left. Where something differs, the rows are
     therefore computed again in float64. If the step cannot be, because it has a dtype of its own, it is repeated with
@@ -72,6 +74,16 @@ class FirstStep:
     @property
     def is_needed(self) -> bool:
         return self.compares or not is_built(self.model)
+
+    def compare_weights(self, guard: Guard) -> None:
+        """Compares the weights at the beginning of a call; since the last one a worker may have set them by itself.
+
+        Raises:
+            ValueError: on all workers, if a variable differs.
+        """
+        if self.compares:
+            with guard.waiting():
+                refuse_other_weights(self.model, self.replica.strategy)
 
     def check(self, step: Step, batch: Any) -> None:
         """Checks a step, which also makes the weights that the model does not have yet.
@@ -92,9 +104,14 @@ class FirstStep:
         start = sum(parts[: self._rank])
         first = min(start, total - 1)
         own = slice(first, max(start + parts[self._rank], first + 1))
-        rows = _Rows(step, data, parts, own, parts[self._rank])
+        rows = _Rows(step, with_padding(data), parts, own, parts[self._rank])
         self._starts = self._starts_of_metrics()
-        alone = self._alone(rows)
+        try:
+            alone = self._alone(rows)
+        except Exception:  # on all workers, because all compute the same
+            # Zero may be no number that the model takes: a class, or an id of IntegerLookup, that it does not know.
+            rows = replace(rows, data=data)
+            alone = self._alone(rows)
         if not self.compares:
             return
         together = self._together(rows)
@@ -166,6 +183,7 @@ class FirstStep:
         )
         with contextlib.ExitStack() as stack:
             created = stack.enter_context(constant_randomness())
+            stack.enter_context(clipping_always())
             stack.enter_context(replaced(keras.optimizers.LossScaleOptimizer, "scale_loss", lambda self, loss: loss))
             stack.enter_context((computing_in_float64 if float64 else computing_in_the_type_of_variables)(self.model))
             stack.enter_context(_eager())

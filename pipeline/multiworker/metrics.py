@@ -21,9 +21,15 @@ DIFFERENT_BATCHES = (
     "has only its own rows, such as ds.shard(...) or Ray's to_tf, is passed as multiworker.distribute(ds, strategy)"
 )
 _OTHER_ROWS = "an output has other rows than the batch"
+_OTHER_RATES = "the learning rates of the workers differ"
+_RATES = 1e-9  # relative to the square of their sum; what a callback computes may be rounded otherwise elsewhere
 _MESSAGES = {
     _DIFFERENT: DIFFERENT_BATCHES,
     _OTHER_ROWS: OTHER_ROWS,
+    _OTHER_RATES: (
+        "the workers have different learning rates, so that their weights would part: give a callback that sets the "
+        "learning rate, such as LearningRateScheduler or ReduceLROnPlateau, to every worker and not to one alone"
+    ),
 }
 # Operations that call a function of TensorFlow, into which a graph gives no sight.
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall", "If", "StatelessIf", "While", "StatelessWhile", "Case")
@@ -34,7 +40,8 @@ class Logs:
 
     A value that is the result of a metric is computed from the sums of the metric's variables over the replicas. Any
     other value is the mean of the replicas' values, weighted by their rows. The vector that is summed also contains a
-    hash of the batches that each worker has read, so that different batches are found in the step that has them.
+    hash of the batches that each worker has read, and its learning rates, so that workers that part are found in the
+    step in which they do.
     """
 
     def __init__(self, model: keras.Model, replica: OneReplica) -> None:
@@ -85,14 +92,17 @@ class Logs:
         weighted = [tf.math.multiply_no_nan(tf.cast(value, tf.float64), weight) for value in others.values()]
         # Sums of numbers below 2**32 are exact in float64.
         pieces = tf.cast(tf.bitcast(self.read, tf.uint16), tf.float64)
-        parts = [*(variable.value for variable in variables), *weighted, weight, pieces, tf.square(pieces)]
+        rates = packed([tf.zeros([0]), *(rate.value for rate in learning_rates(self.model))], tf.float64)
+        compared = [rates, tf.square(rates), pieces, tf.square(pieces)]
+        parts = [*(variable.value for variable in variables), *weighted, weight, *compared]
         sums = unpacked(self.replica.sum(packed(parts, tf.float64)), parts)
+        self._compare_rates(*sums[-4:-2])
         self._compare(*sums[-2:])
-        values, total = iter(sums[: len(variables)]), sums[-3]
+        values, total = iter(sums[: len(variables)]), sums[-5]
         result_of = {
             id(metric): metric.stateless_result([next(values) for _ in metric.variables]) for metric in metrics
         }
-        means = dict(zip(others, (value / total for value in sums[len(variables) : -3]), strict=True))
+        means = dict(zip(others, (value / total for value in sums[len(variables) : -5]), strict=True))
         found = {}
         for name, value in logs.items():
             if name in means:
@@ -122,11 +132,19 @@ class Logs:
         number = tf.constant(self.replica.num_replicas, tf.float64)
         tf.debugging.Assert(tf.reduce_all(number * squares == tf.square(total)), [_DIFFERENT])
 
+    def _compare_rates(self, total: tf.Tensor, squares: tf.Tensor) -> None:
+        """Asserts that all replicas have about the same numbers; one that is NaN on all is left to the loss."""
+        if self.replica.alone:
+            return
+        spread = tf.constant(self.replica.num_replicas, tf.float64) * squares - tf.square(total)
+        tf.debugging.Assert(~tf.reduce_any(spread > _RATES * tf.square(total)), [_OTHER_RATES])
+
     def refusing(self, call: Callable[[], Any]) -> Any:
         """Returns the result of `call`.
 
         Raises:
-            ValueError: if it found that the batches of the workers differ, or that an output has other rows.
+            ValueError: if it found that the batches or the learning rates of the workers differ, or that an output has
+                other rows.
         """
         try:
             return call()
@@ -142,6 +160,13 @@ class Logs:
                 yield from metric.metrics
             else:
                 yield metric
+
+
+def learning_rates(model: keras.Model) -> list[keras.Variable]:
+    """The learning rates that callbacks can set: those of the optimizers of a model that follow no schedule."""
+    owned = [getattr(model, "optimizer", None), *vars(model).values()]
+    variables = [v for each in owned if isinstance(each, keras.optimizers.Optimizer) for v in each.variables]
+    return list({id(v): v for v in variables if v.name == "learning_rate"}.values())
 
 
 def flat(logs: dict[str, Any]) -> dict[str, Any]:

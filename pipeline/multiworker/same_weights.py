@@ -38,7 +38,8 @@ def refuse_other_weights(model: keras.Model, strategy: tf.distribute.Strategy) -
     if different is not None:
         raise ValueError(
             f"the workers have different weights: {variables[different].path} is not the same on all of them. Load "
-            "weights, adapt layers such as Normalization, and set the learning rate on every worker alike"
+            "or set weights, adapt layers such as Normalization, set the learning rate, and give callbacks that do so, "
+            "such as EarlyStopping and ReduceLROnPlateau, on every worker alike"
         )
 
 

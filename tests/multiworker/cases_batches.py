@@ -179,3 +179,23 @@ def predict_as_many_rows_for_any_batch(worker: Worker) -> Result:
     """`predict` of a model that gives as many numbers for a batch of any size"""
     model = worker.compiled(lambda: Statistics(5), "mse")
     return {"predicted": model.predict(X, batch_size=BATCH, verbose=0)}
+
+
+@case()
+def ragged_inputs(worker: Worker) -> Result:
+    """ragged tensors as inputs"""
+
+    class Means(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+            self.dense.build((None, 1))
+            self.built = True
+
+        def call(self, x: Any) -> Any:
+            return self.dense(tf.reduce_mean(x, axis=1, keepdims=True))
+
+    lengths = np.arange(ROWS) % 3 + 1
+    rows = tf.RaggedTensor.from_row_lengths(np.linspace(0, 1, lengths.sum(), dtype=np.float32), lengths)
+    data = tf.data.Dataset.from_tensor_slices((rows, T)).batch(BATCH)
+    return fitted(worker.compiled(Means, "mse", lambda: keras.optimizers.SGD(0.05)), data)

@@ -169,3 +169,20 @@ def list_of_callbacks(worker: Worker) -> Result:
     model.fit(X, Y, callbacks=callbacks, **FIT)
     assert len(callbacks.callbacks) == 3
     return outcome(model, model.history.history, lines=len(table.read_text().splitlines())) | written(path)
+
+
+@case("the workers have different learning rates.*LearningRateScheduler")
+def learning_rate_schedule_on_one_rank(worker: Worker) -> Result:
+    """LearningRateScheduler on rank 0 alone"""
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.1 if epoch else rate)
+    return fitted(mlp(worker), X, Y, callbacks=[schedule] if worker.rank == 0 else [])
+
+
+@case("the workers have different weights: .*kernel")
+def weights_that_one_rank_sets_between_two_calls(worker: Worker) -> Result:
+    """weights that rank 0 alone sets between two calls of `fit`"""
+    model = mlp(worker)
+    first = fitted(model, X, Y)
+    if worker.rank == 0:
+        model.set_weights([2 * weight for weight in model.get_weights()])
+    return first | {f"again {name}": value for name, value in fitted(model, X, Y).items()}

@@ -262,3 +262,19 @@ def a_table_of_any_size_in_the_batch(worker: Worker) -> Result:
     table = tf.data.Dataset.from_tensors(tf.constant([[0.1], [0.2], [0.3]])).unbatch().batch(3).repeat()
     data = tf.data.Dataset.zip((dataset(X), table, dataset(Y))).map(lambda x, t, y: ((x, t), y))
     return fitted(worker.compiled(classifier, CROSSENTROPY), data)
+
+
+@case()
+def integers_without_a_zero(worker: Worker) -> Result:
+    """IntegerLookup that knows no 0, and classes that are counted from 1"""
+
+    def make() -> keras.Model:
+        ids = keras.Input((2,), dtype="int64")
+        known = keras.layers.IntegerLookup(vocabulary=[5, 6, 7], num_oov_indices=0)(ids)
+        return keras.Model(ids, keras.layers.Dense(2, "softmax")(keras.layers.Embedding(3, 4)(known)))
+
+    def loss(y: Any, p: Any) -> Any:
+        return keras.losses.sparse_categorical_crossentropy(y - 1, p)
+
+    ids = np.arange(2 * ROWS).reshape(ROWS, 2) % 3 + 5
+    return fitted(worker.compiled(make, loss), ids, ids % 2 + 1)
