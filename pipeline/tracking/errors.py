@@ -22,6 +22,8 @@ LOGIN_REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 REFUSING_STATUSES = {400, 413, 414, 415, 422, 431}
 # 407 is that of a proxy.
 LOGIN_STATUSES = {401, 403, 407}
+# Of the others between 400 and 499, those that say nothing of what was sent.
+PASSING_STATUSES = {408, 425, 429}
 # Packages of databases and of stores of artifacts whose errors are neither MLflow's nor OSErrors.
 STORE_PACKAGES = {"azure", "boto3", "botocore", "google", "s3transfer", "sqlalchemy"}
 # Of SQLAlchemy, SQLite, PostgreSQL, MySQL and SQL Server.
@@ -70,6 +72,18 @@ def _http_status(error: Exception) -> int | None:
 
 def _is_of_mlflow(names: dict[str, object]) -> bool:
     return str(names.get("__name__")).partition(".")[0] == "mlflow"
+
+
+def may_refuse_content(error: Exception) -> bool:
+    """Whether a transient error may be the answer to what was sent, and not to who sent it or when.
+
+    A firewall that dislikes some contents answers 403 as to a login without rights, or another status. Only a call with
+    other contents tells which of the two it is.
+    """
+    if isinstance(error, TrackingError) and error.error_code in {*LOGIN_REFUSALS, "ENDPOINT_NOT_FOUND"}:
+        return True
+    status = _http_status(error)
+    return status is not None and 400 <= status < 500 and status not in PASSING_STATUSES
 
 
 def check_login(error: Exception, uri: str) -> None:

@@ -2,19 +2,25 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pipeline.contact import MAY_HANG
 from pipeline.storage import Storage
-from pipeline.tracking.errors import is_transient
+from pipeline.tracking.artifacts import write_probe
+from pipeline.tracking.errors import is_transient, may_refuse_content
 from pipeline.tracking.outbox import Outbox, Record, Unsent
 from pipeline.tracking.tracker import Tracker
 
 # Seconds between attempts to reach a server that does not answer: doubled from the first to the longest.
 FIRST_WAIT, LONGEST_WAIT = 0.25, 5.0
+# Fields of a record that hold pieces by name, and all, in the order in which they are logged.
+_MAPPINGS = ("params", "tags", "metrics", "texts", "files")
+_PARTS = ("params", "tags", "history", "metrics", "texts", "files", "dataset", "status")
+_OF_EPOCHS = ("epoch", "timestamp")
 
 
 class Sender:
@@ -77,23 +83,26 @@ class Sender:
         wait, refused = FIRST_WAIT, False
         while (record := self._first()) is not None:
             try:
-                self._send(record)
+                refusal = self._send(record)
             except Exception as error:
                 self._reason = f"{type(error).__name__}: {error}"
                 if self._tracker is None or is_transient(error):
                     time.sleep(wait)
                     wait = min(2 * wait, LONGEST_WAIT)
                     continue
-                if not refused:  # the run may have been deleted on the server: look it up, or create it, once more
-                    self._tracker, refused = None, True
-                    self._run_ids.clear()
-                    continue
+                refusal = error
+            if refusal is None:
+                with self._changed:
+                    self._outbox.remove_first()
+            elif not refused:  # the run may have been deleted on the server: look it up, or create it, once more
+                self._tracker, refused = None, True
+                self._run_ids.clear()
+                continue
+            else:
+                self._reason = f"{type(refusal).__name__}: {refusal}"
                 with self._changed:
                     self._refused += 1
                     self._outbox.refuse_first()
-            else:
-                with self._changed:
-                    self._outbox.remove_first()
             wait, refused = FIRST_WAIT, False
 
     def _first(self) -> Record | None:
@@ -102,12 +111,18 @@ class Sender:
             self._changed.wait_for(lambda: len(self._outbox) or self._closing)
             return self._outbox.first()
 
-    def _send(self, record: Record) -> None:
+    def _send(self, record: Record) -> Exception | None:
+        """Logs a record; returns the error by which the store refused a part of it, or None.
+
+        Raises:
+            Exception: any error that comes before.
+        """
         if self._tracker is None:
             self._tracker = self._open()
-        _log(record, self._tracker, self._run_id(record.run), self._storage)
+        refusal = _log(record, self._tracker, self._run_id(record.run), self._storage)
         if record.status and record.run:
             del self._run_ids[record.run]
+        return refusal
 
     def _run_id(self, run: str) -> str:
         """MLflow id of a run, which is created if it does not exist, as are its parents."""
@@ -122,42 +137,78 @@ class Sender:
         return self._run_ids[run]
 
 
-def _log(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> None:
+def _log(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> Exception | None:
     """Logs all parts of a record to the MLflow run `run_id`. Safe to repeat.
 
+    A part that is refused is logged in pieces, so that a name or a text that is not taken costs no other one.
+
+    Returns:
+        The first error by which the store refused a piece, once the others are logged; None if it took all.
+
     Raises:
-        Exception: the first by which the store refused a part, once the others are logged; any other one at once.
+        Exception: any other error, at once.
     """
     refusal: Exception | None = None
-    for part in _parts(record, tracker, run_id, storage):
+    waiting = deque((name, value) for name in _PARTS if (value := getattr(record, name)))
+    while waiting:
+        name, value = waiting.popleft()
         try:
-            part()
+            _log_part(name, value, tracker, run_id, storage)
         except Exception as error:
-            if is_transient(error):
+            if is_transient(error) and not (may_refuse_content(error) and _takes_others(name, tracker)):
                 raise
-            refusal = refusal or error
-    if refusal is not None:
-        raise refusal
+            pieces = _pieces(name, value)
+            waiting.extendleft((name, piece) for piece in reversed(pieces))
+            if not pieces:
+                refusal = refusal or error
+    return refusal
 
 
-def _parts(record: Record, tracker: Tracker, run_id: str, storage: Storage) -> Iterator[Callable[[], None]]:
-    """The calls that log a record."""
-    if record.params:
-        yield partial(tracker.log_params, run_id, record.params)
-    if record.tags:
-        yield partial(tracker.set_tags, run_id, record.tags)
-    if record.history:
-        yield partial(tracker.log_history, run_id, record.history)
-    if record.metrics:
-        yield partial(tracker.log_metrics, run_id, record.metrics)
-    for path, text in record.texts.items():
-        yield partial(tracker.log_text, run_id, text, path)
-    for path, stored in record.files.items():
-        yield partial(_log_file, tracker, run_id, storage, stored, path)
-    if record.dataset:
-        yield partial(tracker.log_dataset, run_id, **record.dataset)
-    if record.status:
-        yield partial(tracker.finish, run_id, record.status)
+def _log_part(name: str, value: Any, tracker: Tracker, run_id: str, storage: Storage) -> None:
+    """Logs `value` as the field `name` of a record."""
+    match name:
+        case "params":
+            tracker.log_params(run_id, value)
+        case "tags":
+            tracker.set_tags(run_id, value)
+        case "history":
+            tracker.log_history(run_id, value)
+        case "metrics":
+            tracker.log_metrics(run_id, value)
+        case "texts":
+            for path, text in value.items():
+                tracker.log_text(run_id, text, path)
+        case "files":
+            for path, stored in value.items():
+                _log_file(tracker, run_id, storage, stored, path)
+        case "dataset":
+            tracker.log_dataset(run_id, **value)
+        case "status":
+            tracker.finish(run_id, value)
+
+
+def _pieces(name: str, value: Any) -> list[Any]:
+    """What the field `name` of a record consists of, each in the form of the field; empty if that is one piece."""
+    pieces: list[Any] = []
+    if name == "history":
+        for key in dict.fromkeys(key for row in value for key in row if key not in _OF_EPOCHS):
+            rows = (row for row in value if key in row)
+            pieces.append(tuple({k: row[k] for k in (*_OF_EPOCHS, key) if k in row} for row in rows))
+    elif name in _MAPPINGS:
+        pieces = [{key: value[key]} for key in value]
+    return pieces if len(pieces) > 1 else []
+
+
+def _takes_others(name: str, tracker: Tracker) -> bool:
+    """Whether the server or the store takes, by the same login, something else than the field `name` of a record."""
+    try:
+        if name in ("texts", "files"):
+            write_probe(tracker)
+        else:
+            tracker.check_writing()
+    except Exception:
+        return False
+    return True
 
 
 def _log_file(tracker: Tracker, run_id: str, storage: Storage, stored: str, path: str) -> None:

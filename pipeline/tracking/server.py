@@ -18,7 +18,10 @@ from urllib.parse import unquote, urlsplit
 from pipeline.contact import check_path
 from pipeline.tracking.config import HOST_REFUSED, HOST_REMEDY, LOGIN_REMEDY
 
-ANSWER_SECONDS = 1.5
+ANSWER_SECONDS = 10.0
+"""How long a server may take, which may have much other work; that none listens is known at once."""
+_FILE_SECONDS = 1.5
+"""How long another process may write to an SQLite file before it counts as one that can be written."""
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 """Those of databases whose URI has none."""
 _LONGEST_START = 1000
@@ -239,7 +242,7 @@ def _check_file(uri: str, file: str | None) -> None:
         tempfile.TemporaryFile(dir=folder).close()  # SQLite and MLflow have files of their own beside it
         if not Path(file).exists():
             return
-        with contextlib.closing(sqlite3.connect(file, timeout=ANSWER_SECONDS)) as database:
+        with contextlib.closing(sqlite3.connect(file, timeout=_FILE_SECONDS)) as database:
             database.execute("BEGIN IMMEDIATE")  # reads the file, and asks for the right to write it
             database.rollback()
     except (OSError, sqlite3.Error) as error:

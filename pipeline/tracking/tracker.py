@@ -87,7 +87,7 @@ class Tracker:
             self._tag_experiment(found.experiment_id)
         self.experiment_id: str = found.experiment_id
         self.artifact_location: str = found.artifact_location
-        self._steps: dict[tuple[str, str], set[int]] = {}
+        self._history: dict[tuple[str, str], dict[int, list[tuple[int, float]]]] = {}
 
     def check_writing(self) -> None:
         """Checks that runs and models can be recorded in the experiment, of which nothing is changed.
@@ -201,7 +201,10 @@ class Tracker:
         self.set_tags(run_id, {f"changed.{key}": value for key, value in changed.items()})
 
     def log_history(self, run_id: str, history: Sequence[Mapping[str, float]]) -> None:
-        """Logs the metrics of epochs. Steps that a metric already has are skipped, so a whole history may be repeated.
+        """Logs the metrics of epochs. What a metric already has is skipped, so a whole history may be repeated.
+
+        MLflow deletes no point. A step with another value, of an epoch that was trained again, gets a new point with a
+        later timestamp; the one with the latest timestamp counts.
 
         Args:
             history: One mapping per epoch: `epoch`, its 1-based number, which becomes the step; optionally `timestamp`
@@ -212,21 +215,28 @@ class Tracker:
         for row in history:
             step, timestamp = int(row["epoch"]), int(1000 * row.get("timestamp", now))
             for key in row.keys() - {"epoch", "timestamp"}:
-                if step not in self._logged_steps(run_id, key):
-                    metrics.append(Metric(key, float(row[key]), timestamp, step))
+                before, value = self._points(run_id, key).get(step, []), float(row[key])
+                # A record of before that is sent once more, after that of the epoch that was trained again, is no news.
+                if any(_same(was, value) for at, was in before if at in (timestamp, before[-1][0])):
+                    continue
+                metrics.append(Metric(key, value, max([timestamp, *(at + 1 for at, _ in before)]), step))
         try:
             self.client.log_batch(run_id, metrics=metrics, synchronous=True)
         except Exception:
             for metric in metrics:  # the server may have stored some of them: ask it again
-                self._steps.pop((run_id, metric.key), None)
+                self._history.pop((run_id, metric.key), None)
             raise
         for metric in metrics:
-            self._steps[run_id, metric.key].add(metric.step)
+            self._points(run_id, metric.key).setdefault(metric.step, []).append((metric.timestamp, metric.value))
 
-    def _logged_steps(self, run_id: str, key: str) -> set[int]:
-        if (run_id, key) not in self._steps:
-            self._steps[run_id, key] = {metric.step for metric in self.client.get_metric_history(run_id, key)}
-        return self._steps[run_id, key]
+    def _points(self, run_id: str, key: str) -> dict[int, list[tuple[int, float]]]:
+        """Timestamp and value of all points of a metric by step, those of a step by timestamp."""
+        if (run_id, key) not in self._history:
+            points: dict[int, list[tuple[int, float]]] = {}
+            for metric in sorted(self.client.get_metric_history(run_id, key), key=lambda metric: metric.timestamp):
+                points.setdefault(metric.step, []).append((metric.timestamp, metric.value))
+            self._history[run_id, key] = points
+        return self._history[run_id, key]
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Logs final values at step 0; a metric that already has the same value is skipped.

@@ -119,6 +119,62 @@ def test_a_file_that_is_too_large_for_a_proxy_holds_up_nothing_else(store: str, 
     assert (run.data.params, run.data.metrics, run.info.status) == ({"seed": "1"}, {"loss": 1.0}, "FINISHED")
 
 
+@pytest.mark.parametrize("status", [403, 406])
+def test_a_firewall_that_dislikes_what_is_in_a_text_holds_up_nothing_else(
+    store: str, tmp_path: Path, status: int
+) -> None:
+    """It answers as a login without rights is answered, but takes other files by the same login."""
+    taken: dict[str, bytes] = {}
+    away = [True]
+
+    def answered(method: str, path: str, body: bytes) -> Answer:
+        if b"/etc/passwd" in body or (b"later" in body and away and away.pop()):
+            return status, "<h1>Forbidden by the rules of your company</h1>"
+        taken[path.rpartition("/")[2]] = body
+        return 200, "{}"
+
+    identity = f"firewall {status}"
+    with server(answered) as uri:
+        place = f"{uri}/api/2.0/mlflow-artifacts/artifacts/x"
+        storage = Storage(str(tmp_path))
+        sender = Sender(lambda: Tracker(store, f"behind a firewall {status}", place), storage, identity, "e")
+        texts = {"a.txt": "a", "changes.diff": "+ /etc/passwd", "config.json": "{}"}
+        sender.record(Record(params={"seed": "1"}, texts=texts))
+        sender.record(Record(metrics={"loss": 1.0}, texts={"b.txt": "later"}, status="FINISHED"))
+        unsent = sender.close(30)
+    assert unsent is not None
+    assert (unsent.waiting, unsent.refused) == (0, 1)
+    assert str(status) in str(unsent)
+    assert {"a.txt": b"a", "config.json": b"{}", "b.txt": b"later"}.items() <= taken.items()
+    assert "changes.diff" not in taken
+    tracker = Tracker(store, f"behind a firewall {status}")
+    run = tracker.client.get_run(str(tracker.find_run(identity)))
+    assert (run.data.params, run.data.metrics, run.info.status) == ({"seed": "1"}, {"loss": 1.0}, "FINISHED")
+
+
+def test_a_firewall_before_the_server_that_dislikes_a_tag_holds_up_no_other(tmp_path: Path) -> None:
+    sent: list[bytes] = []
+
+    def answered(method: str, path: str, body: bytes) -> Answer:
+        if b"etc/passwd" in body:
+            return 403, "<h1>Forbidden</h1>"
+        if path.endswith("log-batch"):
+            sent.append(body)
+        run = {"info": {"run_id": "1", "status": "RUNNING", "experiment_id": "1"}, "data": {}}
+        answer = {"runs/search": {"runs": [run]}, "runs/get": {"run": run}, "get-by-name": json.loads(EXPERIMENT)}
+        return 200, json.dumps(next((found for name, found in answer.items() if name in path), {}))
+
+    with server(answered) as uri:
+        sender = Sender(lambda: Tracker(uri, "e"), Storage(str(tmp_path)), "tags", "e")
+        sender.record(Record(tags={"command": "cat /etc/passwd", "preset": "e"}))
+        sender.record(Record(metrics={"loss": 1.0}))
+        unsent = sender.close(30)
+    assert unsent is not None
+    assert (unsent.waiting, unsent.refused) == (0, 1)
+    assert any(b"preset" in body for body in sent)
+    assert any(b"loss" in body for body in sent)
+
+
 def test_a_store_of_artifacts_that_is_down_has_refused_nothing(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,24 @@ def test_a_refused_record_is_set_aside(server: TrackingServer, tmp_path: Path) -
     assert not has_waiting(storage, "refused")
 
 
+def test_a_name_that_is_refused_costs_no_other_value(server: TrackingServer, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    sender = sender_to(server.uri, storage, "names")
+    rows = tuple({"epoch": n, "timestamp": 1e9 + n, "loss": 1 / n, "a*b": 2.0} for n in (1, 2))
+    values = {"top1": 0.5, "top5*": 0.9, "n" * 251: 1.0}
+    named = {"section.field": "1", "section*": "2"}
+    sender.record(Record("train", params=named, tags=named, history=rows, metrics=values, status="FINISHED"))
+    unsent = sender.close(60)
+    assert unsent is not None
+    assert (unsent.waiting, unsent.refused) == (0, 1)
+    assert "*" in unsent.reason
+    assert history(server.uri, "names") == expected(2)
+    tracker = Tracker(server.uri, "shapes")
+    run = tracker.client.get_run(str(tracker.find_run("names/train")))
+    assert (run.data.params, run.data.metrics) == ({"section.field": "1"}, {"loss": 0.5, "top1": 0.5})
+    assert (run.data.tags["section.field"], run.info.status) == ("1", "FINISHED")
+
+
 def test_a_run_that_was_deleted_is_created_again(tmp_path: Path) -> None:
     """As with a new server: later records go to a new run."""
     store = f"sqlite:///{tmp_path}/mlflow.db"

@@ -27,12 +27,15 @@ LOGIN = "us er:p@ss"
 
 
 @contextlib.contextmanager
-def tracking_server(login: str | None, answer: bytes = b'{"experiments": []}', status: int = 200) -> Iterator[str]:
-    """Host and port of a server that answers the one request, to whoever has the login."""
+def tracking_server(
+    login: str | None, answer: bytes = b'{"experiments": []}', status: int = 200, seconds: float = 0
+) -> Iterator[str]:
+    """Host and port of a server that answers the one request, to whoever has the login, after `seconds`."""
     expected = login and f"Basic {base64.b64encode(login.encode()).decode()}"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            time.sleep(seconds)
             right = expected is None or self.headers["Authorization"] == expected
             wanted = self.path == "/mlflow/api/2.0/mlflow/experiments/search?max_results=1"
             self.send_response(401 if not right else status if wanted else 404)
@@ -58,6 +61,12 @@ def test_a_login_in_the_address_is_sent_as_mlflow_does() -> None:
         check_server(f"http://user:unasked@{host}/mlflow")
         with pytest.raises(ValueError, match=r"no MLflow server answers .*404"):
             check_server(f"http://{host}")
+
+
+def test_a_server_that_answers_late_is_one() -> None:
+    """As on a machine with much other work."""
+    with tracking_server(None, seconds=2.5) as host:
+        check_server(f"http://{host}/mlflow")
 
 
 @pytest.fixture

@@ -96,6 +96,33 @@ def test_a_longer_history_adds_only_what_is_new(tracker: Tracker) -> None:
     assert tracker.client.get_metric_history(run_id, "lr")[0].value > 1e308
 
 
+def test_an_epoch_that_was_trained_again_has_its_last_value(tracker: Tracker) -> None:
+    """As after a kill and a start on another number of workers, which rounds in another order."""
+    first = {"epoch": 1, "loss": 2.0, "none": math.nan, "high": math.inf, "timestamp": 1e9}
+    second = first | {"epoch": 2, "loss": 1.5, "timestamp": 1e9 + 1}
+    again = second | {"loss": 1.25, "timestamp": 1e9 + 9}
+    set_back = second | {"loss": 1.0, "timestamp": 1e9 - 7200}
+    run_id = tracker.find_or_create_run("train", "again")
+
+    def points(key: str) -> list[tuple[int, float]]:
+        found = sorted(tracker.client.get_metric_history(run_id, key), key=lambda metric: metric.timestamp)
+        return [(metric.step, metric.value) for metric in found]
+
+    for number in range(2):
+        # The second time with a new tracker and one record more that was sent before, as after a crash.
+        other = tracker if number == 0 else Tracker(tracker.client.tracking_uri, "shapes")
+        other.log_history(run_id, [first, second])
+        for rows in ([again], [first, second] * number, [again | {"timestamp": 2e9}], [first, again] * number):
+            other.log_history(run_id, rows)
+        assert points("loss") == [(1, 2.0), (2, 1.5), (2, 1.25)]
+    assert tracker.client.get_run(run_id).data.metrics["loss"] == 1.25
+    for _ in range(2):
+        tracker.log_history(run_id, [set_back])  # the clock was set back
+    assert points("loss") == [(1, 2.0), (2, 1.5), (2, 1.25), (2, 1.0)]
+    assert tracker.client.get_run(run_id).data.metrics["loss"] == 1.0
+    assert (len(points("none")), len(points("high"))) == (2, 2), "values that are the same are logged once"
+
+
 def test_a_changed_parameter_becomes_a_tag(tracker: Tracker) -> None:
     run_id = tracker.find_or_create_run("train", "changing")
     tracker.log_params(run_id, {"train.num_workers": 2, "text": "x" * 10_000})
