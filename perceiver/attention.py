@@ -14,6 +14,7 @@ from keras import layers, ops
 
 from perceiver.chunked_attention import attention_logits, attention_weights, chunked_attention
 from perceiver.dot_product_attention import attention_of
+from perceiver.freezing import LayerWithParts
 from perceiver.implementations import implementations
 from perceiver.spatial_prior import SpatialPrior
 
@@ -21,7 +22,7 @@ Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(LayerWithParts):
     """softmax(s Q K^T) V for each head, then a linear layer on the concatenated heads.
 
     The factor s is 1/sqrt(qk_dim / H) or a learned scalar; it is applied to Q, the smallest of the three. With a mask,
@@ -100,6 +101,7 @@ class MultiHeadAttention(keras.layers.Layer):
             self.prior = SpatialPrior(self.grid, self.num_heads, rows_shape[-2], name="prior", dtype=self.dtype_policy)
             self.prior.build((None, self.num_heads, rows_shape[-2], self.qk_dim // self.num_heads))
         self.weights_dropout = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
+        self.freeze()
 
     def keys_values(self, data: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M, C) -> keys (B, H, M, qk_dim / H), with a prior 4 or 9 wider, and values (B, H, M, v_dim / H)."""

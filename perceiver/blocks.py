@@ -8,6 +8,7 @@ from keras import KerasTensor as Tensor
 from keras import layers
 
 from perceiver.attention import MultiHeadAttention
+from perceiver.freezing import LayerWithParts
 from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 
@@ -15,7 +16,7 @@ Shape = tuple[Any, ...]  # integers, None where a size is unknown
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
-class MLP(keras.layers.Layer):
+class MLP(LayerWithParts):
     """A GELU layer, then a linear layer back to the width of the input.
 
     Args:
@@ -36,6 +37,7 @@ class MLP(keras.layers.Layer):
         self.hidden.build(input_shape)
         self.output_projection = layers.Dense(width, name="output_projection", dtype=self.dtype_policy)
         self.output_projection.build((*input_shape[:-1], self.widening_factor * width))
+        self.freeze()
 
     def call(self, inputs: Tensor) -> Tensor:
         return self.output_projection(gelu(self.hidden(inputs), self.approximate_gelu))
@@ -51,7 +53,7 @@ class MLP(keras.layers.Layer):
         }
 
 
-class _Block(keras.layers.Layer):
+class _Block(LayerWithParts):
     """The common part of both blocks: arguments, attention, dropouts and MLP."""
 
     def __init__(
@@ -108,6 +110,7 @@ class _Block(keras.layers.Layer):
         self.mlp = MLP(self.widening_factor, self.approximate_gelu, name="mlp", dtype=self.dtype_policy)
         self.mlp.build(latents_shape)
         self.mlp_dropout = layers.Dropout(self.dropout, seed=seeds[2], dtype=self.dtype_policy)
+        self.freeze()
 
     def _norm(self, input_shape: Shape, name: str) -> LayerNorm:
         norm = LayerNorm(epsilon=self.epsilon, name=name, dtype=self.dtype_policy)

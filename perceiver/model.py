@@ -12,7 +12,7 @@ from keras import layers, ops
 
 from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
 from perceiver.config import PerceiverConfig
-from perceiver.freezing import freeze_parts, frozen_parts
+from perceiver.freezing import freeze_parts, frozen_config
 from perceiver.gelu import gelu
 from perceiver.normalization import LayerNorm
 from perceiver.position_encoding import FourierPositionEncoding, LearnedPositionEncoding
@@ -273,9 +273,7 @@ class Perceiver(keras.Model):
         return input_shape[0], self.config.num_classes
 
     def get_config(self) -> dict[str, Any]:
-        frozen = frozen_parts(self) if self.built else list(self._frozen)
-        # Only where there are any, so that earlier versions read the others.
-        return {**super().get_config(), **asdict(self.config), **({"frozen": frozen} if frozen else {})}
+        return {**super().get_config(), **asdict(self.config), **frozen_config(self, self._frozen)}
 
 
 def attention_maps(model: Perceiver, images: Tensor) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from keras import KerasTensor as Tensor
 from keras import layers, ops
 
+from perceiver.freezing import LayerWithParts
 from perceiver.whitening import patch_whitening
 
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
@@ -67,7 +68,7 @@ class ImageNormalization(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
-class PatchStem(keras.layers.Layer):
+class PatchStem(LayerWithParts):
     """Cuts images into square patches, each a row of the data array, and projects them.
 
     Args:
@@ -93,6 +94,7 @@ class PatchStem(keras.layers.Layer):
             self.projection = layers.Dense(self.units, name="projection", dtype=self.dtype_policy)
             self.projection.build((None, None, self.patch_size**2 * input_shape[-1]))
         self.matrix = patch_whitening(self.patch_size, input_shape[-1]) if self.whitening else None
+        self.freeze()
 
     def call(self, images: Tensor) -> Tensor:
         height, width, channels = images.shape[1:]
@@ -120,7 +122,7 @@ class PatchStem(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="perceiver")
-class ConvStem(keras.layers.Layer):
+class ConvStem(LayerWithParts):
     """3 x 3 convolutions, each followed by max-pooling with stride 2 and a ReLU; a cell of the last map is a row.
 
     Further convolutions may follow at the last size, each with a ReLU and a skip connection around it. Before them, the
@@ -168,6 +170,7 @@ class ConvStem(keras.layers.Layer):
             self._convolution(f"convolution_{i}", *pair) for i, pair in enumerate(itertools.pairwise(widths))
         ]
         self.residuals = [self._convolution(f"residual_{i}", widths[-1], widths[-1]) for i in range(self.num_residuals)]
+        self.freeze()
 
     def _convolution(self, name: str, channels: int, filters: int) -> layers.Conv2D:
         convolution = layers.Conv2D(

@@ -2,13 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from tiny_perceivers import TINY
 
+from perceiver.attention import MultiHeadAttention
+from perceiver.blocks import MLP, CrossAttentionBlock, SelfAttentionBlock
 from perceiver.model import Perceiver
+from perceiver.preprocessing import ConvStem, PatchStem
 
 
 @pytest.fixture
@@ -43,6 +47,41 @@ def test_frozen_parts_stay_frozen(model: Perceiver, tmp_path: Path) -> None:
     for other in (saved_and_loaded(model, tmp_path), copied):
         assert [weight.path for weight in other.trainable_variables] == expected
         assert flags(other) == flags(model)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shapes", "part"),
+    [
+        (MLP(name="part"), [(3, 4)], "hidden"),
+        (MultiHeadAttention(2, 8, 8, 4, name="part"), [(3, 4), (5, 6)], "query"),
+        (SelfAttentionBlock(2, dropout=0.1, name="part"), [(3, 4)], "attention/value"),
+        (CrossAttentionBlock(dropout=0.1, name="part"), [(3, 4), (5, 6)], "mlp"),
+        (PatchStem(4, 8, name="part"), [(8, 8, 3)], "projection"),
+        (ConvStem(2, 4, num_residuals=1, name="part"), [(8, 8, 3)], "convolution_0"),
+    ],
+)
+def test_frozen_parts_of_a_block_in_a_model_of_ones_own_stay_frozen(
+    layer: keras.Layer, shapes: list[tuple[int, ...]], part: str, tmp_path: Path
+) -> None:
+    inputs = [keras.Input(shape) for shape in shapes]
+    made = keras.Model(inputs, layer(*inputs))
+    assert "frozen" not in layer.get_config(), "earlier versions do not know the argument"
+    frozen: Any = layer
+    for name in part.split("/"):
+        frozen = next(each for each in frozen._layers if each.name == name)
+    frozen.trainable = False
+    expected = [weight.path for weight in made.trainable_variables]
+    assert 0 < len(expected) < len(made.weights) or part == "projection"
+    made.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    copied = type(layer).from_config(type(layer).from_config(layer.get_config()).get_config())
+    copied(*inputs)
+    for other in (loaded, copied):
+        assert [weight.path for weight in other.trainable_variables] == expected
+    copied.trainable = True  # it is no longer frozen, and its config says so
+    for each in copied._flatten_layers():
+        each.trainable = True
+    assert "frozen" not in copied.get_config()
 
 
 def test_a_training_goes_on_with_the_state_of_its_optimizer(model: Perceiver, tmp_path: Path) -> None:
