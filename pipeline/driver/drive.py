@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.command import say_error
 from pipeline.driver.progress import Progress, make_console
 from pipeline.driver.summary import NEWEST_REPORT, show_plan, show_summary, summarize
 from pipeline.driver.window import check_window
+from pipeline.masking import mask
 from pipeline.settings.command_line import Options
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import CorruptFileError, open_storage
@@ -59,9 +61,7 @@ def drive(preset: str, options: Options) -> int:
         say_error(f"error: {failed}" if own else f"error: {failed}\n{failed.__cause__}")
         return 1
     if "report" in summary:
-        with contextlib.suppress(OSError, CorruptFileError):  # a copy, without which the run is done all the same
-            newest = run.storage.read_json(run.manifest_path("report"))["output"]["report"]
-            run.storage.write_bytes(NEWEST_REPORT, run.storage.read_verified(newest))
+        summary["report"] = _copy_report(run)
     show_summary(summary, make_console())
     if options.summary_json:
         Path(options.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
@@ -105,7 +105,7 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
         except ValueError as error:
             if not left_over:
                 raise
-            progress.say(f"records wait in {storage.absolute('tracking')}: {escape(str(error))}")
+            progress.say(escape(f"records wait in {storage.absolute('tracking')}: {error}"))
         from pipeline.driver.resources import check_machine, connect
 
         check_machine(config)  # before what takes longer: the import of MLflow, and the artifact store
@@ -125,12 +125,26 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
         observers = (progress, log, _Release(lease))
         try:
             with signals, log:
-                manifests = run_tasks(run, tasks, signals, observers, lease.check)
+                manifests = run_tasks(run, tasks, signals, observers, lease.check, progress.say)
         except (Stopped, TaskFailed):
             if log.unsent:
                 say_error(f"warning: {log.unsent}")
             raise
         return summarize(preset, config, manifests, cached, log.run_id, log.unsent)
+
+
+def _copy_report(run: Run[PipelineConfig]) -> str:
+    """Copies the report of a finished run to where that of the newest command lies; returns where to look for it.
+
+    The run is done without the copy too. Then the report of an earlier command may be there, which is not named.
+    """
+    own = run.storage.read_json(run.manifest_path("report"))["output"]["report"]
+    try:
+        run.storage.write_bytes(NEWEST_REPORT, run.storage.read_verified(own))
+    except (OSError, CorruptFileError) as error:
+        say_error(f"warning: the report is not copied to {run.storage.absolute(NEWEST_REPORT)}: {error}")
+        return mask(run.storage.absolute(own["path"]))
+    return mask(run.storage.absolute(NEWEST_REPORT))
 
 
 def _done(run: Run[PipelineConfig], tasks: Tasks) -> dict[str, Manifest]:
@@ -140,11 +154,16 @@ def _done(run: Run[PipelineConfig], tasks: Tasks) -> dict[str, Manifest]:
 
 
 def _keys_to_hold(run: Run[PipelineConfig], tasks: Tasks, forced: Sequence[str]) -> list[str]:
-    """Keys of the run, and of its tasks that other runs may share and that keep a state; none if all is done."""
-    finished = _done(run, tasks).keys() - run.following(forced)
-    if len(finished) == len(tasks) and not has_waiting(run.storage, run.identity()):
+    """Keys of the run, and of its tasks that other runs may share and that keep a state; none if all is done.
+
+    Those of forgotten tasks are among them, also if they are not to run now: their states are deleted.
+    """
+    forgotten = run.following(forced)
+    finished = _done(run, tasks).keys() - forgotten
+    if len(finished) == len(tasks) and not forgotten and not has_waiting(run.storage, run.identity()):
         return []
-    return [run.key, *(run.keys[task.name] for task in tasks if task.keeps_state and task.name not in finished)]
+    held = ({task.name for task in tasks} - finished) | forgotten
+    return [run.key, *(run.keys[task.name] for task in run.tasks if task.keeps_state and task.name in held)]
 
 
 def _send_left_over(
@@ -197,16 +216,24 @@ class _Release:
 
 
 def _outlive_terminal(progress: Progress) -> None:
-    """Lets a run on a cluster go on when the ssh connection of its driver ends; its output then goes to a file."""
+    """Lets a run on a cluster go on when the ssh connection of its driver ends; its output then goes to a file.
+
+    What the person has sent to a file stays there, and so does all that `nohup` was given.
+    """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return
 
     def hang_up(*_: object) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        streams = [stream for stream in (1, 2) if not stat.S_ISREG(os.fstat(stream).st_mode)]
+        if not streams:
+            return
         try:
             # In a folder to which others may write: a new file, which is no link, and which they cannot read.
             file, _path = tempfile.mkstemp(prefix=f"perceiver-pipeline-{os.getpid()}-", suffix=".log")
         except OSError:
             file = os.open(os.devnull, os.O_WRONLY)  # the run goes on without its output
-        for stream in (1, 2):
+        for stream in streams:
             os.dup2(file, stream)
         progress.hang_up()
 

@@ -80,7 +80,7 @@ def summarize(
 
 
 def show_summary(summary: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{summary['preset']}", show_header=False)
+    table = Table(title=escape(summary["preset"]), show_header=False)
     test, model, search = summary.get("test"), summary.get("model"), summary.get("search")
     for name, task in summary["tasks"].items():
         table.add_row(name, "done before" if task["state"] == "cached" else f"done in {task['seconds']:.1f} s")
@@ -99,7 +99,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
             f"{train['parameters']:,} parameters",
         )
     if model:
-        table.add_row("registered model", f"{model['uri']} ({model['name']}@{model['alias']})")
+        table.add_row("registered model", escape(f"{model['uri']} ({model['name']}@{model['alias']})"))
         if other := model.get("decided_with"):
             settings = ", ".join(f"promotion.{name} = {value:g}" for name, value in other.items())
             table.add_row("decided before with", f"{settings}; what is given now counts for the next version")

@@ -1,5 +1,6 @@
 """The search task: what Ray Tune's search is given, and what is made of its trials."""
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -131,9 +132,12 @@ def _others(context: Context, digest: str) -> list[str]:
     found = []
     for key in storage.list(searches):
         folder = f"{searches}/{key}/state/trials"
-        mark = f"{folder}/{COMPARABLE_FILE}"
-        if key != context.key and storage.exists(mark) and storage.read_json(mark) == digest:
-            found.append(folder)
+        if key == context.key:
+            continue
+        # A search of another run may have left none, a damaged one, or one that is being deleted: not to be compared.
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if storage.read_json(f"{folder}/{COMPARABLE_FILE}") == digest:
+                found.append(folder)
     return found
 
 

@@ -6,9 +6,9 @@ A driver writes a claim to storage and renews it. A second driver waits, and tak
 
 No library does this: network folders and object stores have no lock that ends with its process. Claims are compared
 instead: of those that are alive, the one with the smallest id wins after it has been unopposed for `SETTLE_SECONDS`. A
-claim is alive while its content changes, so that no clocks are compared between machines. If the storage stalls for
-longer than that, two drivers may work at the same run: what they commit is still whole, and a driver that finds its
-claim gone gives up.
+claim is alive while its content changes, so that no clocks are compared between machines. A driver that stalls, or
+whose storage does, for longer than `PATIENCE_SECONDS` is followed by another one while it may still work: what they
+commit is whole, and a driver that finds its claim gone gives up.
 """
 
 import contextlib
@@ -93,6 +93,7 @@ class Lease:
         self._claim = Claim.of_this_process()
         # Claims of others by path, and when each was last seen to change.
         self._changed: dict[str, tuple[Claim, float]] = {}
+        self._renewed = _clock()  # when the own claim was last written
         self._lock = threading.Lock()  # of the own claim
         self._leave = threading.Event()
 
@@ -129,7 +130,9 @@ class Lease:
         Raises:
             LeaseLost: if another driver has taken over.
         """
-        if not self._is_there():
+        with self._lock:  # not while a claim that others have removed may be back for a moment
+            is_lost = not self._is_there() or (self._is_late() and self._is_held_by_another())
+        if is_lost:
             raise LeaseLost("another driver works at this run, since this one gave no sign of life: it goes on there")
 
     def _take(self) -> None:
@@ -146,11 +149,15 @@ class Lease:
             elif unopposed_since is None:
                 unopposed_since = time.monotonic()
             elif time.monotonic() - unopposed_since >= SETTLE_SECONDS:
-                break
+                dead = self._changed.keys() - others.keys()
+                self._write(holds=True)
+                # Between the look and the write this process may have stalled, and another one may have come to hold.
+                if not self._is_held_by_another():
+                    break
+                self._write(holds=False)
+                unopposed_since = None
             time.sleep(POLL_SECONDS)
             self._write()  # a client of NFS lists a folder anew once it has written there
-        dead = self._changed.keys() - others.keys()
-        self._write(holds=True)
         for path in dead:
             self._storage.delete(path)
 
@@ -182,20 +189,26 @@ class Lease:
             except (OSError, ValueError):
                 continue  # a storage that stalls is asked again, and a damaged claim is another driver's
 
-    def _write(self, holds: bool = False) -> None:
+    def _write(self, holds: bool | None = None) -> None:
+        """Renews the own claim; `holds` says whether it holds from now on, and None leaves that as it is."""
         with self._lock:
             if self._leave.is_set():
                 return
-            began = time.monotonic()
-            if self._claim.holds and not self._is_there():
+            if holds is None and self._claim.holds and not self._is_there():
                 return  # lost: a claim that others have removed is not put back
-            self._claim = replace(self._claim, beat=self._claim.beat + 1, holds=holds or self._claim.holds)
+            holds = self._claim.holds if holds is None else holds
+            self._claim = replace(self._claim, beat=self._claim.beat + 1, holds=holds)
             for key in self._keys:
                 self._storage.write_json(self._path(key), asdict(self._claim))
-            # A process that was stopped meanwhile may have put back a claim that others had removed.
-            if self._claim.holds and time.monotonic() - began > BEAT_SECONDS and self._is_held_by_another():
+            # A process that has stalled, be it before the look above, may have put back what others had removed.
+            if holds and self._is_late() and self._is_held_by_another():
                 for key in self._keys:
                     self._storage.delete(self._path(key))
+            self._renewed = _clock()
+
+    def _is_late(self) -> bool:
+        """Whether the own claim has not been renewed for so long that others may have taken this driver for dead."""
+        return _clock() - self._renewed > 2 * BEAT_SECONDS
 
     def _is_held_by_another(self) -> bool:
         return any(claim.holds for claim in self._others().values())
@@ -205,6 +218,11 @@ class Lease:
 
     def _path(self, key: str) -> str:
         return f"{_folder(key)}/{self._id}.json"
+
+
+def _clock() -> float:
+    """Seconds by a clock that also counts while the machine sleeps, where there is one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _folder(key: str) -> str:

@@ -3,6 +3,7 @@
 Only the driver commits, so that an attempt which outlives its driver has no effect, however it ends.
 """
 
+import contextlib
 import hashlib
 import math
 import signal
@@ -70,6 +71,7 @@ def run_tasks(
     stop: StopOnSignal,
     observers: Sequence[Observer],
     fence: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Manifest]:
     """Executes those of `tasks` that are not done, each as soon as its inputs are there. Ray must be up.
 
@@ -79,6 +81,7 @@ def run_tasks(
         stop: Notes the signal by which the run is asked to stop.
         observers: Called in this process when a task starts, reports an event or is done.
         fence: Raises before a commit if this driver may not work at the run any more.
+        say: Gets a line for a person who waits.
 
     Returns:
         The manifests of all of `tasks` by name.
@@ -98,6 +101,11 @@ def run_tasks(
         received = stop.received  # once, since a signal may come between two looks at it
         if received and deadline == math.inf:
             deadline = time.monotonic() + STOP_SECONDS
+            if stopping := [task.name for task in running.values() if task.stoppable]:
+                say(
+                    f"stopping: waits up to {STOP_SECONDS:g} s for {' and '.join(stopping)} to save what is done; "
+                    "a second signal ends the command without that"
+                )
             channel.request_stop()
         if received and (not any(task.stoppable for task in running.values()) or time.monotonic() > deadline):
             raise Stopped(received)
@@ -188,9 +196,10 @@ def _commit(run: Run[Any], task: Task[Any], manifest: Manifest, identity: str, s
     else:
         run.storage.write_json(run.manifest_path(task.name), manifest)
     home = run.home(task.name)
-    for name in run.storage.list(home):
-        if name.startswith(_attempts_of(identity)) and name != manifest["attempt"]:
-            run.storage.delete(f"{home}/{name}")
+    with contextlib.suppress(OSError):  # what cannot be deleted, such as a file that is open on NFS, ends no run
+        for name in run.storage.list(home):
+            if name.startswith(_attempts_of(identity)) and name != manifest["attempt"]:
+                run.storage.delete(f"{home}/{name}")
     return manifest
 
 

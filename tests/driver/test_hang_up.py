@@ -35,6 +35,8 @@ print("goes on", flush=True)
 os._exit(7)
 """
 
+COMMAND = [sys.executable, "-c", SCRIPT]
+
 
 @pytest.mark.parametrize("plant", ["link", "file", "folder", "no folder"])
 def test_the_output_goes_to_a_new_file(plant: str, tmp_path: Path) -> None:
@@ -42,8 +44,7 @@ def test_the_output_goes_to_a_new_file(plant: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "precious").write_text("mine")
     environment = os.environ | {"TMPDIR": str(folder)}
-    command = [sys.executable, "-c", SCRIPT, str(folder), plant]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    result = subprocess.run([*COMMAND, str(folder), plant], capture_output=True, text=True, env=environment, timeout=60)
     assert result.returncode == 7, result.stderr
     assert result.stdout == result.stderr == ""
     if plant == "no folder":
@@ -52,3 +53,32 @@ def test_the_output_goes_to_a_new_file(plant: str, tmp_path: Path) -> None:
     (log,) = folder.glob("perceiver-pipeline-*-*.log")
     assert log.read_text() == "hung up\ngoes on\n"
     assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_output_that_was_sent_to_a_file_stays_there(tmp_path: Path) -> None:
+    out, environment = tmp_path / "mine", os.environ | {"TMPDIR": str(tmp_path)}
+    with out.open("w") as file:
+        result = subprocess.run(
+            [*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=file, env=environment, timeout=60
+        )
+    assert (result.returncode, out.read_text()) == (7, "goes on\n")
+    assert list(tmp_path.glob("perceiver-pipeline-*-*.log")) == []
+
+
+def test_of_two_outputs_only_the_one_that_is_no_file_moves(tmp_path: Path) -> None:
+    out, environment = tmp_path / "mine", os.environ | {"TMPDIR": str(tmp_path)}
+    with out.open("w") as file:
+        result = subprocess.run(
+            [*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=subprocess.PIPE, env=environment, timeout=60
+        )
+    assert (result.returncode, result.stderr, out.read_text()) == (7, b"", "hung up\ngoes on\n")
+    assert [log.read_text() for log in tmp_path.glob("perceiver-pipeline-*-*.log")] == [""]
+
+
+def test_nohup_keeps_its_meaning(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    result = subprocess.run(
+        ["nohup", *COMMAND, str(tmp_path), "folder"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (7, "goes on\n"), result.stderr
+    assert list(tmp_path.glob("perceiver-pipeline-*-*.log")) == []

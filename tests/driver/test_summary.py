@@ -144,6 +144,14 @@ def test_the_summary_of_a_part(manifests: dict[str, Manifest]) -> None:
     show_summary(summary, Console(file=io.StringIO()))
 
 
+def test_a_model_name_that_looks_like_markup_is_shown_as_it_is(manifests: dict[str, Manifest]) -> None:
+    manifests["register"]["output"] |= {"name": "m[v2]", "uri": "models:/m[v2]/3"}
+    console = Console(file=io.StringIO(), width=200)
+    show_summary(summarize("quickstart", parse(["quickstart"])[1].config, manifests, set()), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "models:/m[v2]/3 (m[v2]@champion)" in console.file.getvalue()
+
+
 def test_the_table_says_what_a_person_wants_to_know(manifests: dict[str, Manifest]) -> None:
     config = parse(["quickstart", "--storage", "/my [red] runs"])[1].config
     console = Console(file=io.StringIO(), width=200)

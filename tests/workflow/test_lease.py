@@ -164,6 +164,67 @@ def test_a_driver_that_is_stopped_while_it_renews_its_claim_finds_out_that_it_wa
     assert storage.list("drivers/run") == ["000.json"]
 
 
+def test_a_claim_that_is_put_back_a_moment_after_a_stall_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
+    storage = Storage(str(tmp_path))
+    follower, followed, exists = Claim("far", "another machine", 1, "1", holds=True), threading.Event(), storage.exists
+
+    def exists_and_is_followed(path: str) -> bool:
+        """As if another driver followed within the moment between the look at the claim and its renewal."""
+        found = exists(path)
+        if not followed.is_set():
+            followed.set()
+            storage.write_json("drivers/run/000.json", asdict(follower))
+            storage.delete(path)
+        return found
+
+    with Lease(storage, ["run"], nobody) as held:
+        with held._lock:
+            time.sleep(3 * lease.BEAT_SECONDS)  # the stall, which is over before the look
+            monkeypatch.setattr(storage, "exists", exists_and_is_followed)
+        assert followed.wait(30)
+        with pytest.raises(LeaseLost, match="another driver works at this run"):
+            held.check()
+    assert storage.list("drivers/run") == ["000.json"]
+
+
+def test_a_driver_that_stalls_before_it_holds_waits_for_the_one_that_came_to_hold_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, inside, stalled = Storage(str(tmp_path)), threading.Event(), threading.Event()
+    waited_for: set[str] = set()
+
+    def drive_first() -> None:
+        with Lease(Storage(str(tmp_path)), ["run"], nobody) as other:
+            inside.set()
+            time.sleep(3 * lease.POLL_SECONDS)
+            inside.clear()
+            other.check()
+
+    other, write = threading.Thread(target=drive_first), storage.write_json
+
+    def write_after_a_stall(path: str, value: dict[str, object]) -> None:
+        """As a process that is stopped between its last look at the claims and the claim that it holds."""
+        if value["holds"] and not stalled.is_set():
+            stalled.set()
+            claim = storage.fs_path(path)
+            os.rename(claim, f"{claim}.hidden")  # so that the other one does not wait for this one's smaller id
+            other.start()
+            assert inside.wait(30)
+            os.unlink(f"{claim}.hidden")
+        write(path, value)
+
+    monkeypatch.setattr(storage, "write_json", write_after_a_stall)
+    with Lease(storage, ["run"], lambda key, claim: waited_for.add(key)) as held:
+        assert not inside.is_set(), "two drivers hold the same run"
+        held.check()
+    other.join(30)
+    assert stalled.is_set()
+    assert waited_for == {"run"}
+
+
 def test_a_claim_that_cannot_be_deleted_hides_no_error_and_ends_no_run(tmp_path: Path) -> None:
     class Failing(Storage):
         fails = False

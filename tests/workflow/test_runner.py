@@ -1,5 +1,6 @@
 """The runner executes tasks on Ray, in parallel, and continues after failures, killed processes and killed drivers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import ray
 from workshop import PATIENCE, Workshop, chain, wait_for, wait_until
 
+from pipeline.storage import Storage
 from pipeline.workflow.lease import LeaseLost
-from pipeline.workflow.runner import StopOnSignal, run_tasks
+from pipeline.workflow.runner import StopOnSignal, _attempts_of, run_tasks
 from pipeline.workflow.task import Context, Manifest, Task, TaskFailed
 
 # Ray's workers cannot import the modules of tests.
@@ -120,6 +122,25 @@ def test_what_an_orphan_leaves_counts_for_nothing_and_harms_nobody(shop: Worksho
     assert manifest["attempt"] != orphan
     assert shop.storage.list(home) == sorted(["attempt-00000000-1", manifest["attempt"], "manifest.json"])
     assert shop.storage.list(f"{home}/{manifest['attempt']}") == ["part"]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_an_attempt_has_left_and_nobody_can_delete_ends_no_run(shop: Workshop) -> None:
+    class Failing(Storage):
+        """As a folder on NFS in which a process that is gone has a file open."""
+
+        def delete(self, path: str) -> None:
+            if path.endswith("left"):
+                raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+            super().delete(path)
+
+    shop.storage = Failing(shop.storage.uri)
+    tasks = [shop.task("a"), shop.task("b", "a")]
+    run = shop.plan(tasks)
+    left = f"{run.home('a')}/{_attempts_of(run.identity())}left"
+    shop.storage.write_bytes(f"{left}/part", b"")
+    assert set(shop.run(tasks)) == {"a", "b"}
+    assert shop.storage.exists(left)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -12,7 +12,7 @@ import pytest
 import ray
 from workshop import PATIENCE, Workshop, wait_for
 
-from pipeline.workflow.runner import StopOnSignal
+from pipeline.workflow.runner import StopOnSignal, run_tasks
 from pipeline.workflow.task import Context, Stopped, StoppedEarly
 
 # Ray's workers cannot import the modules of tests.
@@ -50,8 +50,11 @@ def test_a_stoppable_task_stops_and_goes_on_later(shop: Workshop) -> None:
     tasks = [shop.task("a"), shop.task("b", "a", work=work, stoppable=True), shop.task("c", "b")]
     before = signal.getsignal(signal.SIGTERM)
     signal_when(shop.folder / "working")
+    said: list[str] = []
     with pytest.raises(Stopped) as stopped, StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
-        shop.run(tasks, stop=stop)
+        run_tasks(shop.plan(tasks), tasks, stop, [shop], say=said.append)
+    (line,) = said
+    assert line.startswith("stopping: waits up to 180 s for b to save what is done; a second signal ends")
     assert stopped.value.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert ("reported", {"epoch": 1}) in shop.observed
