@@ -11,7 +11,7 @@ from pipeline.command import libraries_to_log
 from pipeline.devices import mention_unused_gpus, require_gpu_in_cluster
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
-from pipeline.workflow.cluster import address_to_join, check_storage, join_or_start
+from pipeline.workflow.cluster import address_to_join, check_storage, join_or_start, usable_cpus
 from tune.resources import concurrent_trials
 
 # `ray up` returns when the head is up; the workers join later.
@@ -50,7 +50,7 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
 def check_machine(config: PipelineConfig) -> None:
     """Compares what the tasks need with what this machine has, if Ray would be started on it; raises as `connect`."""
     if not ray.is_initialized() and address_to_join() is None:
-        check_resources(config, {"CPU": len(os.sched_getaffinity(0)), "GPU": None}, "this machine")
+        check_resources(config, {"CPU": usable_cpus(), "GPU": None}, "this machine")
 
 
 def _check_gpus(config: PipelineConfig, say: Callable[[str], None]) -> None:

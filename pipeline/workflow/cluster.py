@@ -23,6 +23,7 @@ HTTP2_SETTINGS = b"\x04"
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
 LONGEST_REASON = 400
 SHARED_MEMORY = "/dev/shm"
+CGROUP = Path("/sys/fs/cgroup")
 LEAST_ROOM = 8 << 20
 """Bytes in the temporary folder without which Ray cannot write its first logs."""
 # Remedies for errors of `ray.init`, by words in them, all in lower case.
@@ -70,16 +71,27 @@ def join_or_start() -> bool:
         if address:
             ray.init(address=address, **options)
         else:
-            cpus = len(os.sched_getaffinity(0))
             _give_token()
             # Without an address Ray would join any cluster that another program runs on this machine.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options, **_place_of_objects())
+            ray.init(address="local", num_cpus=usable_cpus(), include_dashboard=False, **options, **_place_of_objects())
             _hide_token(Path(os.path.expanduser("~")) / ".ray" / "auth_token")
     except Exception as error:  # Ray raises ConnectionError, RuntimeError, OSError, KeyError and errors of its own
         what = f"the cluster at {address} cannot be joined" if address else "Ray cannot be started on this machine"
         reason = " ".join(str(error).split())
         raise ValueError(f"{what}: {reason[:LONGEST_REASON]} ({type(error).__name__}): {_remedy(error)}") from error
     return address is not None
+
+
+def usable_cpus() -> int:
+    """CPUs of this machine that this process may use: those it may run on, or as many as its container has the time of,
+    in whole ones.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # versions 2 and 1 of cgroups
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says `max`
+            quota, period = map(int, " ".join((CGROUP / name).read_text() for name in files).split())
+            return min(cpus, max(1, quota // period)) if quota > 0 else cpus
+    return cpus
 
 
 def _check_interpreter() -> None:
@@ -216,7 +228,7 @@ def check_storage(storage: Storage, say: Callable[[str], None] = lambda text: No
         say: Gets a line if some nodes have not answered after half of that time.
 
     Raises:
-        ValueError: if a node cannot read it; names the node.
+        ValueError: if a node cannot read it, or lacks the code that would; names the node.
     """
     probe, word = f"probe-{uuid.uuid4().hex}", uuid.uuid4().hex
     storage.write_bytes(probe, word.encode())
@@ -236,9 +248,13 @@ def check_storage(storage: Storage, say: Callable[[str], None] = lambda text: No
         for answer in answered:
             try:
                 why = ray.get(answer)
-            except ray.exceptions.RayError as error:
-                if isinstance(error, ray.exceptions.RayTaskError):
-                    raise
+            except ray.exceptions.RayTaskError as error:
+                reason = str(error).strip().rpartition("\n")[2][:LONGEST_REASON]
+                raise ValueError(
+                    f"node {on[answer]} cannot run the code of this project: {reason}: install this project and the "
+                    "packages of its requirements.txt there, in the versions that this machine has"
+                ) from error
+            except ray.exceptions.RayError:
                 continue  # the node has gone meanwhile
             if why:
                 raise ValueError(f"storage = {storage.uri!r}: node {on[answer]} {why}")

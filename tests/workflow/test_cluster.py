@@ -1,6 +1,7 @@
 """The address of the cluster to join, and what a person is told when no cluster can be joined or started."""
 
 import contextlib
+import importlib
 import os
 import socket
 import subprocess
@@ -135,6 +136,40 @@ def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_
         ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_node_that_lacks_the_code_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text(
+        "from pipeline.storage import Storage\n\n\nclass Here(Storage):\n"
+        "    def __reduce__(self):\n        return Here, (self.uri,)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # Ray's workers have started with that of before
+    storage = importlib.import_module("only_here").Here(str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match=r"node [\d.]+ cannot .*No module named 'only_here'.*: install this project"):
+        cluster.check_storage(storage)
+    assert storage.list("") == [], "the probe is left behind"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_container_has_the_cpus_of_its_limit(
+    files: dict[str, str], expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cluster, "CGROUP", tmp_path)
+    assert cluster.usable_cpus() == (expected or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.usefixtures("not_connected")
