@@ -4,8 +4,10 @@
 only. Ray and TensorFlow are imported when a training begins.
 """
 
+import inspect
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.command import run_command, say_error, set_environment
@@ -90,6 +92,8 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     if config.train.initial_model:
         raise ValueError(f"train.initial_model = {config.train.initial_model} is a Perceiver: leave it out")
     set_environment()  # before Ray is imported
+    from rich.markup import escape
+
     from pipeline.driver.progress import Progress
     from pipeline.driver.resources import connect
     from pipeline.driver.window import check_window
@@ -108,7 +112,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
         def waiting(key: str, claim: "Claim") -> None:
             if (claim.host, claim.pid) not in told:
                 told.add((claim.host, claim.pid))
-                progress.say(f"process {claim.pid} on {claim.host} works at this: waiting for it")
+                progress.say(f"process {claim.pid} on {escape(claim.host)} works at this: waiting for it")
 
         manifests = run.done()
         if len(manifests) < len(run.tasks):
@@ -119,7 +123,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
                 _check_workers_have(model)
                 with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
                     try:
-                        manifests = run_tasks(run, run.tasks, stop, [progress], lease.check)
+                        manifests = run_tasks(run, run.tasks, stop, [progress], lease.check, progress.say)
                     except TaskFailed as failed:
                         if isinstance(failed.cause, ValueError):
                             raise failed.cause from failed
@@ -130,11 +134,18 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
 
 
 def _check_workers_have(model: OwnModel) -> None:
-    """Raises a ValueError if a worker of Ray cannot import what `model` is built with."""
+    """Raises a ValueError if what builds `model` cannot be sent to Ray's workers, is not there, or is another there."""
     import ray
     from ray import cloudpickle
 
-    tried = ray.remote(num_cpus=0)(why_not_loaded).remote(cloudpickle.dumps(model))
+    try:
+        pickled = cloudpickle.dumps(model)
+    except Exception as error:  # whatever the objects raise that the function uses
+        raise ValueError(
+            f"the builder {model.name} uses something that cannot be sent to Ray's workers ({error}): make it within "
+            "the function, or put the function into a module of its own"
+        ) from error
+    tried = ray.remote(num_cpus=0)(why_not_loaded).remote(pickled, model.key())
     if reason := ray.get(tried):
         raise ValueError(
             f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's workers: "
@@ -143,15 +154,20 @@ def _check_workers_have(model: OwnModel) -> None:
         )
 
 
-def why_not_loaded(pickled: bytes) -> str:
-    """Why this process cannot load a pickled object, since it lacks its module, what that imports, or the object in it.
+def why_not_loaded(pickled: bytes, key: Mapping[str, Any]) -> str:
+    """Why this process cannot load a pickled model: its module is not here or fails, or is another one than `key` says.
 
     Empty if it can.
     """
     from ray import cloudpickle
 
     try:
-        cloudpickle.loads(pickled)
+        model = cloudpickle.loads(pickled)
     except (ImportError, AttributeError) as error:
         return str(error)
+    except (Exception, SystemExit) as error:  # the module itself runs, as one that reads a file or a command line
+        return f"it ends with {type(error).__name__}: {error}"
+    # A function of the script that runs comes with the model, and has no file here.
+    if model.builder.__module__ in sys.modules.keys() - {"__main__"} and model.key() != key:
+        return f"another file is found there, {inspect.getsourcefile(model.builder)}"
     return ""

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 
-from pipeline.own_model import OwnModel, train_own_model
+from pipeline.own_model import OwnModel, _check_workers_have, train_own_model, why_not_loaded
 from pipeline.settings.command_line import parse
 from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 
@@ -95,6 +97,47 @@ def small_model(image_shape: Any, num_classes: int, **statistics: Any) -> Any:
 
     images = keras.Input(image_shape, dtype="uint8")
     return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.Flatten()(images)))
+
+
+def test_a_module_that_fails_or_is_another_one_in_a_worker_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without this, one process would train another function than the one whose key the result gets."""
+
+    def written(folder: str, code: str) -> None:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "of_somebody.py").write_text(f"{code}\ndef build(**settings): ...\n")
+        monkeypatch.syspath_prepend(tmp_path / folder)
+        monkeypatch.delitem(sys.modules, "of_somebody", raising=False)
+
+    written("here", "")
+    model = OwnModel(importlib.import_module("of_somebody").build)
+    pickled, key = cloudpickle.dumps(model), model.key()
+    assert why_not_loaded(pickled, key) == ""
+    for number, (code, message) in enumerate(
+        {
+            "CHANNELS = 64": f"another file is found there, {tmp_path}/there0/of_somebody.py",
+            "open('of_this_folder.json')": "it ends with FileNotFoundError: .*of_this_folder.json",
+            "import sys; sys.exit('usage: train.py DATA')": "it ends with SystemExit: usage",
+            "import of_nobody": "No module named 'of_nobody'",
+        }.items()
+    ):
+        written(f"there{number}", code)
+        assert re.match(message, why_not_loaded(pickled, key))
+
+
+def test_a_builder_that_cannot_be_sent_to_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locked_model, "__module__", "__main__")
+    with pytest.raises(ValueError, match=r"builder locked_model uses something that cannot be sent.*lock.*: make it"):
+        _check_workers_have(OwnModel(locked_model))
+
+
+LOCK = threading.Lock()
+
+
+def locked_model(**settings: Any) -> Any:
+    with LOCK:
+        return None
 
 
 def test_of_this_project_two_examples_use_multiworker_only() -> None:
