@@ -47,11 +47,13 @@ REMEDIES = {
     errno.ENFILE: "allow more open files on this machine",
 }
 """What a person can do about errors of the operating system, which name the file, by their numbers."""
+_OF_STORE = "look at the object store and at the rights of this login there, and give the command again"
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Runs a command; returns its exit code: that of `command`, 2 after a ValueError or a warning that is an error, 1
-    after a DeviceError or an error of the operating system that `REMEDIES` knows, 130 after Ctrl-C.
+    after a DeviceError or an error of an object store, or of the operating system if `REMEDIES` knows it, 130 after
+    Ctrl-C.
 
     Any other error is a fault of the project: its traceback is printed, and the exit code is 1.
     """
@@ -84,7 +86,9 @@ def _code_of(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        known = REMEDIES.get(error.errno or 0)
+        # pyarrow gives the errors of object stores no number, and names the key and what the store answered.
+        is_of_store = type(error) is OSError and error.errno is None
+        known = _OF_STORE if is_of_store else REMEDIES.get(error.errno or 0)
         say_error(f"error: {error}: {known}" if known else traceback.format_exc())
         return 1
     except Warning as warning:

@@ -1,14 +1,17 @@
 """Files and folders that another user has closed are named with the remedy, in every place where they are read."""
 
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from pipeline.command import run_command
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).parents[1]
 CODE = """if True:
@@ -83,6 +86,10 @@ def test_what_another_user_has_closed_is_named(tmp_path: Path) -> None:
             "error: [Errno 28] No space left on device: '/a': make room there",
         ),
         (OSError(116, "Stale file handle", "/a"), "error: [Errno 116] Stale file handle: '/a': mount it again"),
+        (
+            OSError("AWS Error ACCESS_DENIED during Put"),
+            "error: AWS Error ACCESS_DENIED during Put: look at the object store",
+        ),
         (OSError(22, "Invalid argument"), "Traceback (most recent call last)"),
     ],
 )
@@ -97,3 +104,37 @@ def test_errors_of_the_operating_system_come_with_a_remedy(
 
     assert run_command(fail) == 1
     assert capsys.readouterr().err.startswith(expected)
+
+
+def test_an_error_of_an_object_store_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Of a store that refuses from one moment on what it allowed before, as when rights have been taken back."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-the-tests-alone")
+
+    class Refusal(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        do_HEAD = do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    def read() -> int:
+        return Storage(uri).read_json("manifest.json")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as store:
+        threading.Thread(target=store.serve_forever, daemon=True).start()
+        uri = f"s3://bucket/runs?endpoint_override=127.0.0.1:{store.server_port}&scheme=http&region=us-east-1"
+        try:
+            assert run_command(read) == 1
+        finally:
+            store.shutdown()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "manifest.json" in said
+    assert "look at the object store and at the rights of this login there" in said
