@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT = 15.0
+TIMEOUT = 60.0
 """Seconds after which a command that computes for at most a few of them must have waited for something."""
 
 

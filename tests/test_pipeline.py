@@ -30,7 +30,6 @@ NO_SEARCH = [*SHALLOW, "--search.num-trials", "0"]
 TASKS = [task.name for task in graph.TASKS]
 # As in most companies. Nothing of a run on one machine goes through them.
 PROXIES = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-DATA_TASKS = ("ingest", "preprocess")
 
 
 @dataclass
@@ -104,12 +103,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Iterator
     made.end()
 
 
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Path:
+    """The results of the tasks for the data."""
+    made = Runs(tmp_path_factory.mktemp("preprocessed"), ray_folder)
+    made.run("--until", "preprocess")
+    return made.storage / "tasks"
+
+
 @pytest.fixture
-def new_runs(runs: Runs, tmp_path: Path, ray_folder: Path) -> Iterator[Runs]:
+def new_runs(preprocessed: Path, tmp_path: Path, ray_folder: Path) -> Iterator[Runs]:
     """A storage folder in which the data are preprocessed, and nothing else is done."""
     made = Runs(tmp_path, ray_folder)
-    for task in DATA_TASKS:
-        shutil.copytree(runs.storage / "tasks" / task, made.storage / "tasks" / task)
+    shutil.copytree(preprocessed, made.storage / "tasks")
     yield made
     made.end()
 
@@ -266,27 +272,27 @@ def test_a_run_with_another_learning_rate_that_is_stopped_and_killed_goes_on_fro
     new_runs: Runs,
 ) -> None:
     """It is stopped by SIGTERM, continues, is killed, and continues on another number of workers."""
-    options = [*NO_SEARCH, "--train.learning-rate", "0.002", "--train.epochs", "9"]
+    options = [*NO_SEARCH, "--train.learning-rate", "0.002", "--train.epochs", "7"]
     options += ["--train.checkpoint-every-steps", "7", "--train.class-weights", "balanced"]
     stopped = new_runs.start(*options)
-    stopped.wait_for("epoch 3/9:")
+    stopped.wait_for("epoch 2/7:")
     stopped.process.terminate()
     assert stopped.wait(60) == 128 + signal.SIGTERM, stopped.output
     assert "goes on from here" in stopped.output
     killed = new_runs.start(*options)
-    killed.wait_for("epoch 6/9:")
+    killed.wait_for("epoch 4/7:")
     killed.process.kill()
     assert killed.wait(60) == -signal.SIGKILL
     last = new_runs.start(*options, "--train.num-workers", "1")
     summary = last.summary
 
-    assert "epoch 1/9" not in killed.output
-    assert "epoch 3/9:" not in killed.output, "an epoch that was reported was trained again"
-    assert "epoch 6/9:" not in last.output, "an epoch that was reported was trained again"
+    assert "epoch 1/7" not in killed.output
+    assert "epoch 2/7:" not in killed.output, "an epoch that was reported was trained again"
+    assert "epoch 4/7:" not in last.output, "an epoch that was reported was trained again"
     before_train = TASKS[: TASKS.index("train")]
     assert states(summary) == dict.fromkeys(TASKS, "done") | dict.fromkeys(before_train, "cached")
-    assert (summary["train"]["epochs"], summary["train"]["num_workers"]) == (9, 1)
-    assert_trained_once(new_runs, 9)
+    assert (summary["train"]["epochs"], summary["train"]["num_workers"]) == (7, 1)
+    assert_trained_once(new_runs, 7)
     # The learning rate is another one, but the data are the same.
     assert summary["model"]["version"] == "1"
     (parent,) = [run for run in runs_in_mlflow(new_runs) if run.info.run_id == summary["mlflow"]["run_id"]]

@@ -130,6 +130,7 @@ def test_a_job_all_of_whose_images_fail_has_failed(
     assert output.err == "error: none of the images could be classified; the column `error` of the results says why\n"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_images_with_more_pixels_than_are_wanted_have_an_error(
     model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path
@@ -147,6 +148,7 @@ def test_images_with_more_pixels_than_are_wanted_have_an_error(
     assert job["settings"]["max_pixels"] == pixels - 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_job_whose_input_changes_while_it_is_read_is_not_done(
     model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,7 @@ def test_file_round_trip(config: PerceiverConfig, tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded(images_of(config)), model(images_of(config)))
 
 
+@pytest.mark.long
 def test_learns_and_continues_from_its_file(tmp_path: Path) -> None:
     """Overfits eight images in 60 steps; the published example's printed run stayed at chance."""
     images, labels = images_of(BASE, 8), np.arange(8) % 5
@@ -94,6 +95,7 @@ def test_graph_computes_the_same(config: PerceiverConfig) -> None:
     np.testing.assert_allclose(functional(images_of(config)), expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_xla_computes_the_same_gradients() -> None:
     model, images = build(TINY["frugal"]), tf.constant(images_of(BASE))
 

@@ -144,6 +144,7 @@ def test_two_workers_train_a_model_of_ones_own_as_one_does_with_the_moments_of_a
     assert_same_training(one, run(1, {"checkpoint_every_steps": 7}, **own, out=killed), 1e-4)
 
 
+@pytest.mark.long
 def test_two_workers_train_as_one_does_with_weights_of_the_classes(run: Run) -> None:
     weighted = {"class_weights": "balanced", "cutmix": 0.5, "label_smoothing": 0.1}
     counts = {"class_counts": [910, *[10] * 9]}  # those of other rows, so that the weights differ: 0.11 and 10

@@ -1,6 +1,7 @@
 """A search whose trials have all failed is tried again when it is called again, since the cause may be remedied."""
 
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 @dataclass(frozen=True)
 class Training:
-    """A `TrainTrial` that notes its calls and fails while the file `broken` is in its folder."""
+    """A `TrainTrial` that notes its calls.
+
+    It fails while the file `broken` is in its folder, and does not end while `endless` is.
+    """
 
     folder: Path
 
@@ -34,6 +38,8 @@ class Training:
             log.write(f"{sample['learning_rate']}\n")
         if (self.folder / "broken").exists():
             raise OSError("no space left")
+        while (self.folder / "endless").exists():
+            time.sleep(0.1)
         report({"epoch": 1, "val_accuracy": sample["learning_rate"], "seconds": 0.0})
 
 
@@ -76,8 +82,10 @@ def test_a_search_that_has_failed_is_tried_again_once_a_call(tmp_path: Path) -> 
 def test_a_higher_memory_limit_helps_a_search_whose_trials_exceeded_it(tmp_path: Path) -> None:
     """The limit is in no key, so that the same search is called with another one."""
     said: list[str] = []
+    (tmp_path / "endless").touch()  # otherwise the epoch may be over before the memory is looked at
     with pytest.raises(RuntimeError, match=r"MemoryError: .* search\.memory_limit_gib = 0\.01"):
         run(tmp_path, said, 1, memory_limit_gib=0.01)
+    (tmp_path / "endless").unlink()
     found = run(tmp_path, said, 1, memory_limit_gib=8.0)
     assert [trial["status"] for trial in found["trials"]] == ["finished"]
     assert len(said) == 1
