@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from perceiver import cost
@@ -29,7 +30,8 @@ def build_model(config: PerceiverConfig | OwnModel) -> keras.Model:
     """A built model that is not compiled.
 
     Raises:
-        OwnModelError: if a model of one's own cannot be built, or does not give logits of all classes.
+        OwnModelError: if a model of one's own cannot be built, or does not give logits of all classes, but
+            probabilities for instance.
     """
     if isinstance(config, PerceiverConfig):
         model = Perceiver(**asdict(config))
@@ -54,7 +56,25 @@ def build_model(config: PerceiverConfig | OwnModel) -> keras.Model:
             f"the model of {config.name} gives {shape or type(logits).__name__}: it should give logits "
             f"{(None, config.num_classes)}"
         )
+    if _gives_probabilities(model, config.image_shape):
+        raise OwnModelError(
+            f"the model of {config.name} gives probabilities, which sum to 1: leave its softmax out, because the loss "
+            "takes logits and has one of its own"
+        )
     return model
+
+
+def _gives_probabilities(model: keras.Model, image_shape: tuple[int, int, int]) -> bool:
+    """Whether the outputs of a model, for images of noise, are what a softmax gives.
+
+    With a second softmax a model trains too, but the loss and the calibrated probabilities are others, and accuracy
+    suffers.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (4, *image_shape), np.uint8)
+    found = keras.ops.convert_to_numpy(keras.ops.cast(model(images, training=False), "float32"))
+    # In 16 bits each of the numbers is rounded.
+    tolerance = 1e-4 if keras.backend.standardize_dtype(model.compute_dtype) == "float32" else 2e-2
+    return bool((found >= 0).all() and (np.abs(found.sum(axis=1) - 1) < tolerance).all())
 
 
 def macs_of(config: PerceiverConfig | OwnModel, model: keras.Model) -> int | None:

@@ -40,6 +40,13 @@ def with_too_few_logits(image_shape: ImageShape, num_classes: int, **_: Any) -> 
     return keras.Model(images, layers.Dense(num_classes - 1)(layers.Flatten()(layers.Rescaling(1)(images))))
 
 
+def with_a_softmax(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    images = keras.Input(image_shape, dtype="uint8")
+    return keras.Model(
+        images, layers.Dense(num_classes, "softmax")(layers.Flatten()(layers.Rescaling(1 / 255)(images)))
+    )
+
+
 def no_model(**_: Any) -> str:
     return "a model"
 

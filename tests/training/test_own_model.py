@@ -110,6 +110,7 @@ def test_macs_that_the_graph_does_not_tell_are_unknown_and_not_too_low(layer: Ca
     ("builder", "message"),
     [
         (own_models.with_too_few_logits, r"gives \(None, 9\): it should give logits \(None, 10\)"),
+        (own_models.with_a_softmax, "gives probabilities, which sum to 1: leave its softmax out"),
         (own_models.no_model, "the builder no_model returns str: return a keras.Model"),
         (own_models.failing, "the builder failing failed: RuntimeError: no such layer"),
     ],
@@ -120,6 +121,18 @@ def test_what_is_no_classifier_is_refused(builder: Callable[..., Any], message: 
     other_images = replace(SMALL, builder=lambda **_: own_models.convolutional((9, 9, 1), 10, (), ()))
     with pytest.raises(OwnModelError, match=r"does not take uint8 images \(8, 8, 1\)"):
         build_model(other_images)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_softmax_is_found_in_16_bits_too(policy: str) -> None:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        with pytest.raises(OwnModelError, match="gives probabilities"):
+            build_model(replace(SMALL, builder=own_models.with_a_softmax))
+        build_model(SMALL)
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def test_all_that_makes_another_model_makes_another_key(tmp_path: Path) -> None:
