@@ -7,7 +7,7 @@ only. Ray and TensorFlow are imported when a training begins.
 import inspect
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.command import run_command, say_error, set_environment
@@ -120,7 +120,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
                 manifests = run.done()  # another process may have done some meanwhile
                 progress.cached(manifests)
                 connect(config, run.storage, progress.say)
-                _check_workers_have(model)
+                _check_workers_have(model, progress.say)
                 with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
                     try:
                         manifests = run_tasks(run, run.tasks, stop, [progress], lease.check, progress.say)
@@ -133,10 +133,11 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     return {name: manifests[name]["output"] for name in ("train", "evaluate")}
 
 
-def _check_workers_have(model: OwnModel) -> None:
+def _check_workers_have(model: OwnModel, say: Callable[[str], None] = lambda text: None) -> None:
     """Raises a ValueError if what builds `model` cannot be sent to Ray's workers, is not there, or is another there."""
-    import ray
     from ray import cloudpickle
+
+    from pipeline.workflow.nodes import ask_every_node
 
     try:
         pickled = cloudpickle.dumps(model)
@@ -145,13 +146,13 @@ def _check_workers_have(model: OwnModel) -> None:
             f"the builder {model.name} uses something that cannot be sent to Ray's workers ({error}): make it within "
             "the function, or put the function into a module of its own"
         ) from error
-    tried = ray.remote(num_cpus=0)(why_not_loaded).remote(pickled, model.key())
-    if reason := ray.get(tried):
-        raise ValueError(
-            f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's workers: "
-            f"{reason}: put its file into the folder of the script, install it on every node, or name its folder in "
-            "PYTHONPATH before Ray starts"
-        )
+    for node, reason in ask_every_node(why_not_loaded, pickled, model.key(), say=say):
+        if reason:
+            raise ValueError(
+                f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's "
+                f"workers on {node}: {reason}: put its file into the folder of the script, install it on every node, "
+                "or name its folder in PYTHONPATH before Ray starts"
+            )
 
 
 def why_not_loaded(pickled: bytes, key: Mapping[str, Any]) -> str:

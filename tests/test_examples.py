@@ -80,7 +80,7 @@ def test_a_program_with_a_ray_of_its_own_trains_models_in_a_thread(
     finally:
         sys.path.remove(str(tmp_path))
     message = (
-        r"the builder build of the module nowhere cannot be imported by Ray's workers: No module named 'nowhere': put"
+        r"build of the module nowhere cannot be imported by Ray's workers on [\d.]+: No module named 'nowhere': put"
     )
     with pytest.raises(ValueError, match=message):
         train_own_model(config, elsewhere)

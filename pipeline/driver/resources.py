@@ -11,7 +11,9 @@ from pipeline.command import libraries_to_log
 from pipeline.devices import mention_unused_gpus, require_gpu_in_cluster
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
-from pipeline.workflow.cluster import address_to_join, check_storage, join_or_start, usable_cpus
+from pipeline.tracking.provenance import PACKAGES
+from pipeline.workflow.cluster import address_to_join, join_or_start, usable_cpus
+from pipeline.workflow.nodes import check_nodes
 from tune.resources import concurrent_trials
 
 # `ray up` returns when the head is up; the workers join later.
@@ -40,7 +42,7 @@ def connect(config: PipelineConfig, storage: Storage, say: Callable[[str], None]
         joined = join_or_start()
     if joined:
         _wait_for_nodes(config, say)
-        check_storage(storage, say)
+        check_nodes(storage, PACKAGES, say)
     else:
         check_resources(config, ray.cluster_resources(), "the cluster")
     _check_gpus(config, say)

@@ -1,4 +1,4 @@
-"""Joins the Ray cluster that is running or starts one on this machine; checks that all nodes see the same storage."""
+"""Joins the Ray cluster that is running or starts one on this machine."""
 
 import contextlib
 import errno
@@ -8,15 +8,10 @@ import secrets
 import socket
 import stat
 import tempfile
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from pipeline.storage import Storage
 
 ANSWER_SECONDS = 5.0
 HTTP2_SETTINGS = b"\x04"
@@ -48,8 +43,6 @@ REMEDIES = (
         "set RAY_TMPDIR to a folder that this user may write, and HOME to one of this user",
     ),
 )
-# Time for one process on every node to start and to read one file.
-STORAGE_SECONDS = 60.0
 
 
 def join_or_start() -> bool:
@@ -216,64 +209,3 @@ def _answers(address: str) -> bool:
             return connection.recv(9)[3:4] == HTTP2_SETTINGS
     except (OSError, ValueError):
         return False
-
-
-def check_storage(storage: Storage, say: Callable[[str], None] = lambda text: None) -> None:
-    """Checks that every node of the cluster can read what this process has just written.
-
-    A node that does not answer in time is skipped, since it may be leaving.
-
-    Args:
-        storage: Storage that every node must see.
-        say: Gets a line if some nodes have not answered after half of that time.
-
-    Raises:
-        ValueError: if a node cannot read it, or lacks the code that would; names the node.
-    """
-    probe, word = f"probe-{uuid.uuid4().hex}", uuid.uuid4().hex
-    storage.write_bytes(probe, word.encode())
-    try:
-        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        on = {
-            _why_unseen.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                storage, probe, word
-            ): address
-            for node, address in nodes.items()
-        }
-        answered, silent = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS / 2)
-        if silent:
-            names = ", ".join(on[answer] for answer in silent)
-            say(f"waits for the nodes {names} to read the storage, up to {STORAGE_SECONDS / 2:g} s more")
-            answered, _ = ray.wait(list(on), num_returns=len(on), timeout=STORAGE_SECONDS / 2)
-        for answer in answered:
-            try:
-                why = ray.get(answer)
-            except ray.exceptions.RayTaskError as error:
-                reason = str(error).strip().rpartition("\n")[2][:LONGEST_REASON]
-                raise ValueError(
-                    f"node {on[answer]} cannot run the code of this project: {reason}: install this project and the "
-                    "packages of its requirements.txt there, in the versions that this machine has"
-                ) from error
-            except ray.exceptions.RayError:
-                continue  # the node has gone meanwhile
-            if why:
-                raise ValueError(f"storage = {storage.uri!r}: node {on[answer]} {why}")
-    finally:
-        storage.delete(probe)
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _why_unseen(storage: Storage, probe: str, word: str) -> str | None:
-    """Why this node cannot read `word` from the file `probe`; None if it can."""
-    try:
-        if storage.read_bytes(probe).decode() == word:
-            return None
-    except FileNotFoundError:
-        if storage.is_local:
-            return (
-                "sees another folder under this path than the driver: mount the same folder on all nodes, or give an "
-                "object store"
-            )
-    except OSError as error:
-        return f"cannot read there: {error}"
-    return "does not see what the driver writes there: give all nodes the same store"

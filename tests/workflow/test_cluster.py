@@ -1,7 +1,6 @@
 """The address of the cluster to join, and what a person is told when no cluster can be joined or started."""
 
 import contextlib
-import importlib
 import os
 import socket
 import subprocess
@@ -136,19 +135,6 @@ def test_a_shared_memory_and_a_home_that_cannot_be_written_are_done_without(ray_
         ["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout) == (0, "2000000.0 64\n"), result.stderr
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_node_that_lacks_the_code_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text(
-        "from pipeline.storage import Storage\n\n\nclass Here(Storage):\n"
-        "    def __reduce__(self):\n        return Here, (self.uri,)\n"
-    )
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # Ray's workers have started with that of before
-    storage = importlib.import_module("only_here").Here(str(tmp_path / "runs"))
-    with pytest.raises(ValueError, match=r"node [\d.]+ cannot .*No module named 'only_here'.*: install this project"):
-        cluster.check_storage(storage)
-    assert storage.list("") == [], "the probe is left behind"
 
 
 @pytest.mark.parametrize(
