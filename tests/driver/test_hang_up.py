@@ -1,6 +1,8 @@
 """A driver whose terminal is gone goes on, and writes to a file of its own that nobody else has prepared."""
 
+import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,10 @@ os._exit(7)
 """
 
 COMMAND = [sys.executable, "-c", SCRIPT]
+# These tests may themselves have been started with nohup.
+run = functools.partial(
+    subprocess.run, timeout=60, text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+)
 
 
 @pytest.mark.parametrize("plant", ["link", "file", "folder", "no folder"])
@@ -44,7 +50,7 @@ def test_the_output_goes_to_a_new_file(plant: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "precious").write_text("mine")
     environment = os.environ | {"TMPDIR": str(folder)}
-    result = subprocess.run([*COMMAND, str(folder), plant], capture_output=True, text=True, env=environment, timeout=60)
+    result = run([*COMMAND, str(folder), plant], capture_output=True, env=environment)
     assert result.returncode == 7, result.stderr
     assert result.stdout == result.stderr == ""
     if plant == "no folder":
@@ -58,9 +64,7 @@ def test_the_output_goes_to_a_new_file(plant: str, tmp_path: Path) -> None:
 def test_an_output_that_was_sent_to_a_file_stays_there(tmp_path: Path) -> None:
     out, environment = tmp_path / "mine", os.environ | {"TMPDIR": str(tmp_path)}
     with out.open("w") as file:
-        result = subprocess.run(
-            [*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=file, env=environment, timeout=60
-        )
+        result = run([*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=file, env=environment)
     assert (result.returncode, out.read_text()) == (7, "goes on\n")
     assert list(tmp_path.glob("perceiver-pipeline-*-*.log")) == []
 
@@ -68,17 +72,13 @@ def test_an_output_that_was_sent_to_a_file_stays_there(tmp_path: Path) -> None:
 def test_of_two_outputs_only_the_one_that_is_no_file_moves(tmp_path: Path) -> None:
     out, environment = tmp_path / "mine", os.environ | {"TMPDIR": str(tmp_path)}
     with out.open("w") as file:
-        result = subprocess.run(
-            [*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=subprocess.PIPE, env=environment, timeout=60
-        )
-    assert (result.returncode, result.stderr, out.read_text()) == (7, b"", "hung up\ngoes on\n")
+        result = run([*COMMAND, str(tmp_path), "folder"], stdout=file, stderr=subprocess.PIPE, env=environment)
+    assert (result.returncode, result.stderr, out.read_text()) == (7, "", "hung up\ngoes on\n")
     assert [log.read_text() for log in tmp_path.glob("perceiver-pipeline-*-*.log")] == [""]
 
 
 def test_nohup_keeps_its_meaning(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    result = subprocess.run(
-        ["nohup", *COMMAND, str(tmp_path), "folder"], capture_output=True, text=True, env=environment, timeout=60
-    )
+    result = run(["nohup", *COMMAND, str(tmp_path), "folder"], capture_output=True, env=environment)
     assert (result.returncode, result.stdout) == (7, "goes on\n"), result.stderr
     assert list(tmp_path.glob("perceiver-pipeline-*-*.log")) == []
