@@ -37,6 +37,7 @@ precision.py            the precision of this comparison
 exchange.py             what workers tell each other outside of a step
 constant_randomness.py  random numbers for this comparison
 clipping.py             clipping that acts on the few rows of this comparison too
+metric_results.py       the result of a metric, for which all workers have to ask
 guard.py                ends a call in which a worker would wait for ever
 writing_callbacks.py    the first worker alone writes files
 stop_signal.py          a request to stop that all workers see after the same step

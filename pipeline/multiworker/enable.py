@@ -17,6 +17,7 @@ from .functions import StepFunction, predict_function, shares_of_batch
 from .guard import guard_of
 from .iterators import BackgroundReleased, prepare
 from .keras_internals import EpochIterator, adopt, check_keras, iterator_of_validations, local_spec, replaced
+from .metric_results import watch_results
 from .metrics import DIFFERENT_BATCHES, Logs, flat
 from .one_replica import MEANS, Note, OneReplica
 from .stop_signal import StopSignal
@@ -135,6 +136,7 @@ class _MultiWorker:
         model.train_function = model.test_function = model.predict_function = None
         if not self.several:
             return
+        watch_results(model, self.guard)
         model.make_predict_function = self._make_predict_function
         # The logs of a step are those of all workers already.
         model._get_metrics_result_or_logs = lambda logs: logs
@@ -163,12 +165,10 @@ class _MultiWorker:
             ):
                 if self.first_step and not name.endswith("_on_batch"):
                     self.first_step.compare_weights(self.guard)
-                if name == "predict":
-                    with self.guard.waiting_for_batches():
-                        return call(*args, **kwargs)
-                if name != "fit":
+                if name == "fit":
+                    return self._fit(inspect.signature(call).bind(*args, **kwargs))
+                with self.guard.waiting_for_batches() if name == "predict" else contextlib.nullcontext():
                     return call(*args, **kwargs)
-                return self._fit(inspect.signature(call).bind(*args, **kwargs))
 
         return called
 

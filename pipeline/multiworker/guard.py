@@ -19,6 +19,7 @@ PATIENCE = 3.0  # seconds in one operation after which this worker looks where t
 AWAY = 4.0  # seconds for which another worker must be away; it may have been a little faster
 _KEY = "keras_multiworker/worker"
 _RETURNED = "has returned from"
+SUM_OF_METRIC = "the sum of a metric, for its result()"
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,19 @@ class _State:
         number: Number of its calls of `fit`, `evaluate` and so on; it is the same on all workers that keep together.
         name: Name of the last call.
         end: How that call ended; empty: it has not.
+        operation: Number, within that call, of the operation of all workers in which it has waited for long; 0: none.
+        awaited: What that operation is, if it is not one of the call itself.
     """
 
     number: int = 0
     name: str = ""
     end: str = ""
+    operation: int = 0
+    awaited: str = ""
 
     @property
     def text(self) -> str:
-        return f"{self.number}\n{self.name}\n{self.end}"
+        return "\n".join(map(str, (self.number, self.name, self.operation, self.awaited, self.end)))
 
 
 def rank_of(strategy: tf.distribute.Strategy) -> int:
@@ -61,7 +66,7 @@ class Guard:
 
     The workers' states are in the coordination service of TensorFlow, which MultiWorkerMirroredStrategy starts. A slow
     worker is no reason to abort: only one that has left the call in which this worker waits, that is in a call of
-    another name, or whose process has ended.
+    another name, that waits in another operation of the same number, or whose process has ended.
 
     Args:
         rank: Number of this worker.
@@ -72,6 +77,7 @@ class Guard:
         self.rank, self.num_workers = rank, num_workers
         self._state = _State()
         self._waiting_since: float | None = None
+        self._operation, self._awaited = 0, ""
         self._away_since: float | None = None
         self._aborted = ""
         self._started = False
@@ -90,6 +96,7 @@ class Guard:
         if self._aborted:
             raise RuntimeError(self._aborted)
         self._start()
+        self._operation = 0
         self._state = _State(self._state.number + 1, name)
         end = _RETURNED
         try:
@@ -109,8 +116,16 @@ class Guard:
                 self._publish(self._state.text)  # at once, because this process may end now
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Marks operations that end only when all workers take part."""
+    def waiting(self, awaited: str = "") -> Iterator[None]:
+        """Marks operations that end only when all workers take part.
+
+        Args:
+            awaited: What they are, if not a part of the call.
+        """
+        if self._waiting_since is not None:  # within others
+            yield
+            return
+        self._operation, self._awaited = self._operation + 1, awaited
         self._waiting_since = time.monotonic()
         try:
             yield
@@ -150,12 +165,14 @@ class Guard:
         published = None
         # When the main thread has ended, the process may still wait for other threads.
         while not self._closing.wait(PERIOD) and threading.main_thread().is_alive():
-            state = self._state
+            state, since = self._state, self._waiting_since
+            is_long = since is not None and time.monotonic() - since > PATIENCE
+            if is_long:
+                state = replace(state, operation=self._operation, awaited=self._awaited)
             if state != published:
                 self._publish(state.text)
                 published = state
-            since = self._waiting_since
-            if since is not None and time.monotonic() - since > PATIENCE:
+            if is_long:
                 self._look_for_others(state)
         if self._state.end == _RETURNED:  # otherwise what is published says more
             self._publish("end of process")
@@ -201,8 +218,9 @@ class Guard:
             return ""
         return (
             f"worker {self.rank} waits in call {self._state.number} of the model, {self._state.name}, for all workers, "
-            f"but {away}. All workers have to make the same calls with as many batches: call fit, evaluate and predict "
-            "on every worker, and let callbacks decide from the logs, which are the same on all, or use StopSignal"
+            f"but {away}. All workers have to make the same calls with as many batches: call fit, evaluate, predict "
+            "and the result() of a metric on every worker, and let callbacks decide from the logs, which are the same "
+            "on all, or use StopSignal"
         )
 
     def _away(self, state: _State, failed: bool = False) -> str:
@@ -223,7 +241,7 @@ class Guard:
         number, _, rest = text.partition("\n")
         if not number.isdigit():
             return f"the process of worker {rank} has ended"
-        name, _, end = rest.partition("\n")
+        name, operation, awaited, end = rest.split("\n", 3)
         if int(number) < state.number:
             if not failed or end == _RETURNED:
                 return ""
@@ -232,7 +250,11 @@ class Guard:
             return f"worker {rank} has left that call and is in call {number}, {name}"
         if end:
             return f"worker {rank} {end} {name}"
-        return "" if name == state.name else f"worker {rank} is in its call {number} in {name}"
+        if name != state.name:
+            return f"worker {rank} is in its call {number} in {name}"
+        if int(operation) != state.operation or awaited == state.awaited:
+            return ""
+        return f"worker {rank} waits for {awaited or 'a step, and not for ' + state.awaited}"
 
 
 def _left_with(error: BaseException) -> str:

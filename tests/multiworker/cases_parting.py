@@ -107,3 +107,49 @@ def data_of_one_worker_raise(worker: Worker) -> Result:
 def one_worker_is_late(worker: Worker) -> Result:
     """a rank that pauses for 20 s between two epochs: it is waited for"""
     return fitted(mlp(worker), X, Y, callbacks=[AfterTheFirstEpoch(worker, lambda _: time.sleep(20))])
+
+
+ONE_ASKS = r"result\(\) of a metric"
+
+
+@case(
+    (
+        f"worker 1 (waits for the sum of a metric|has left).*{ONE_ASKS}",
+        f"worker 0 (waits for a step|has left).*{ONE_ASKS}",
+    ),
+    parts=True,
+)
+def result_of_a_metric_on_one_rank(worker: Worker) -> Result:
+    """a callback that asks for the results of metrics on one rank alone"""
+
+    def ask(model: keras.Model) -> None:
+        print(model.get_metrics_result())
+
+    mlp(worker).fit(X, Y, callbacks=[AfterTheFirstEpoch(worker, ask)], **LONG)
+    return {}
+
+
+@case((f"worker 1|{DEAD}", ""), parts=True)
+def result_of_a_metric_after_the_call(worker: Worker) -> Result:
+    """a result of a metric that one rank asks for when `fit` has ended, and the process of the other as well"""
+    model = mlp(worker)
+    model.fit(X, Y, **FIT)
+    worker.part()
+    if worker.rank == 0:
+        model.metrics[0].result()
+    return {}
+
+
+@case()
+def result_of_a_metric_on_all_ranks(worker: Worker) -> Result:
+    """a callback that asks for the results of metrics on all ranks, of which one is late"""
+    found: Result = {}
+
+    class Ask(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 0 and worker.rank == 1:
+                time.sleep(10)
+            found.update({f"{name} {epoch}": float(value) for name, value in self.model.get_metrics_result().items()})
+
+    model = mlp(worker)
+    return fitted(model, X, Y, callbacks=[Ask()]) | found
