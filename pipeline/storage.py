@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from pipeline.contact import check_path, check_store, problem_of_file_uri, problem_of_home
+
+READ_AGAIN_AFTER = (0.1, 0.3)
+"""Seconds until a JSON file that cannot be read as such is read once more."""
 
 
 class CorruptFileError(ValueError):
@@ -234,10 +238,17 @@ class Storage:
     def read_json(self, path: str) -> Any:
         """The value of a JSON file.
 
+        Another process may replace it meanwhile: an object store under load gave the new content with the length of
+        the one before. What is no JSON is therefore read again.
+
         Raises:
             ValueError: if it is none.
         """
         try:
+            for pause in READ_AGAIN_AFTER:
+                with contextlib.suppress(ValueError):
+                    return json.loads(self.read_bytes(path))
+                time.sleep(pause)
             return json.loads(self.read_bytes(path))
         except RecursionError as error:
             raise ValueError(f"{self.absolute(path)} is nested too deeply to be read") from error

@@ -51,6 +51,20 @@ def test_json_without_end_is_an_error(storage: Storage) -> None:
             storage.read_json("a.json")
 
 
+def test_json_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) -> None:
+    """As by a store under load, which gave a shorter object with the length of the one before it."""
+    torn = [True, True]
+
+    class Store(Storage):
+        def read_bytes(self, path: str) -> bytes:
+            return super().read_bytes(path) + b"\0" * bool(torn and torn.pop())
+
+    storage = Store(str(tmp_path))
+    storage.write_json("a.json", {"holds": True})
+    assert storage.read_json("a.json") == {"holds": True}
+    assert not torn
+
+
 def test_what_is_not_there(storage: Storage, tmp_path: Path) -> None:
     assert not storage.exists("")
     assert not storage.exists("no/such.json")
