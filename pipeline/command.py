@@ -86,9 +86,7 @@ def _code_of(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        # pyarrow gives the errors of object stores no number, and names the key and what the store answered.
-        is_of_store = type(error) is OSError and error.errno is None
-        known = _OF_STORE if is_of_store else REMEDIES.get(error.errno or 0)
+        known = _OF_STORE if _is_of_store(error) else REMEDIES.get(error.errno or 0)
         say_error(f"error: {error}: {known}" if known else traceback.format_exc())
         return 1
     except Warning as warning:
@@ -100,6 +98,12 @@ def _code_of(command: Callable[[], int]) -> int:
     except Exception:
         say_error(traceback.format_exc())
         return 1
+
+
+def _is_of_store(error: OSError) -> bool:
+    """Whether pyarrow raised an error for an object store: without a number, and it names the key and the answer."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return error.errno is None and Path(raised_in).parent.name == "pyarrow"
 
 
 def _open_standard_streams() -> None:
