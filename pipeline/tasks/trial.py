@@ -126,9 +126,8 @@ class TrialTraining:
                 channel.request_stop()  # the workers leave, and with them what they hold of the cluster
                 wait([training])
                 raise
-            for metrics in training.result()["history"][
-                reported:
-            ]:  # their events were lost with the process of the channel
+            # The events of the others were lost, with the process of the channel.
+            for metrics in training.result()["history"][reported:]:
                 report(metrics)
 
 
