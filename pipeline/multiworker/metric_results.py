@@ -16,7 +16,7 @@ def watch_results(model: keras.Model, guard: Guard) -> None:
     Without this its sum would be put together with whatever the others sum next, or it would wait for ever.
     """
     strategy = model.distribute_strategy
-    reset_metrics = model.reset_metrics
+    reset_metrics = type(model).reset_metrics.__get__(model)
 
     def reset() -> None:
         # TensorFlow also sums a metric that is set, and Keras takes no notice of the sum.
