@@ -31,6 +31,7 @@ one_replica.py          what Keras sees within a step: one replica, with sums ov
 metrics.py              metrics and logs over all replicas; finds batches that differ
 first_step.py           compares a step of one process with that of the workers
 comparison.py           whether two computations of a step found the same
+refusals.py             what is refused before the first step
 same_weights.py         compares the weights of the workers
 few_rows.py             the first rows of the first batch of all workers
 precision.py            the precision of this comparison

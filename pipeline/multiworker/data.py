@@ -158,7 +158,11 @@ def distribute(dataset: tf.data.Dataset, strategy: tf.distribute.Strategy) -> An
         # The filter makes the cardinality unknown. Otherwise Keras would end a worker's epoch after as many batches as
         # this worker has.
         dataset = dataset.filter(lambda *_: True)
-    return strategy.distribute_datasets_from_function(lambda _: dataset)
+    distributed: Any = strategy.distribute_datasets_from_function(lambda _: dataset)
+    # With `class_weight`, Keras maps the rows of any dataset to such with weights, and prefetches them.
+    distributed.map = lambda function: distribute(dataset.map(function), strategy)
+    distributed.prefetch = lambda _: distributed
+    return distributed
 
 
 def _slice(value: Any, first: int | tf.Tensor, last: int | tf.Tensor) -> Any:

@@ -19,7 +19,8 @@ from .iterators import BackgroundReleased, prepare
 from .keras_internals import EpochIterator, adopt, check_keras, iterator_of_validations, local_spec, replaced
 from .metric_results import watch_results
 from .metrics import DIFFERENT_BATCHES, Logs, flat
-from .one_replica import MEANS, Note, OneReplica
+from .one_replica import Note, OneReplica
+from .refusals import refuse_stateful_layers, refuse_strategy, refuse_training
 from .stop_signal import StopSignal
 from .tf_config import cluster
 from .writing_callbacks import WRITE, written_by_first
@@ -83,7 +84,7 @@ def enable(
                 layer.synchronized = True
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:
-        _refuse_strategy(strategy)
+        refuse_strategy(strategy)
     elif (environment := cluster()).own and len(environment.workers) > 1:
         raise ValueError(
             "the model was made outside of the scope of the strategy, so that each worker of TF_CONFIG would train a "
@@ -91,20 +92,6 @@ def enable(
             "MultiWorkerMirroredStrategy. A model that this process alone uses needs no multiworker.enable"
         )
     _MultiWorker(model, stop, note or (lambda moment, tensors: tensors), check, gradient_dtype).take_over()
-
-
-def _refuse_strategy(strategy: tf.distribute.Strategy) -> None:
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        raise ValueError(
-            f"the model was created in a {type(strategy).__name__}, in which Keras trains by itself: leave out "
-            "multiworker.enable, or create the model in a MultiWorkerMirroredStrategy"
-        )
-    devices = strategy.extended.worker_devices
-    if len(devices) > 1:
-        raise ValueError(
-            f"this worker has the devices {', '.join(devices)}: start one process for each device, for instance with "
-            "CUDA_VISIBLE_DEVICES"
-        )
 
 
 class _MultiWorker:
@@ -163,6 +150,7 @@ class _MultiWorker:
                 replaced(self.strategy, "experimental_distribute_dataset", divided),
                 replaced(EpochIterator, "_get_iterator", batches),
             ):
+                refuse_stateful_layers(self.model)
                 if self.first_step and not name.endswith("_on_batch"):
                     self.first_step.compare_weights(self.guard)
                 if name == "fit":
@@ -239,7 +227,8 @@ class _MultiWorker:
 
     def _make_train_function(self, force: bool = False) -> Callable[[Any], dict[str, tf.Tensor]]:
         if self.model.train_function is None or force:
-            self._refuse_what_would_differ()
+            if self.several:
+                refuse_training(self.model)
             if isinstance(self.replica, BFloat16Replica):
                 self.replica.begin_training()
             step = self.model.train_step
@@ -252,23 +241,6 @@ class _MultiWorker:
         if self.model.test_function is None or force:
             self.model.test_function = self._step_function(self.model.test_step, training=False)
         return self.model.test_function
-
-    def _refuse_what_would_differ(self) -> None:
-        model = self.model
-        if not self.several:
-            return
-        for loss in tf.nest.flatten(model.loss):
-            reduction = getattr(loss, "reduction", MEANS[0])
-            if reduction not in MEANS:
-                raise ValueError(
-                    f"{loss} has reduction={reduction!r}, which is not a mean over rows and depends on how they are "
-                    f"divided among the workers: take one of {MEANS}"
-                )
-        if model.jit_compile and type(model).train_step is not keras.Model.train_step:
-            raise ValueError(
-                f"{type(model).__name__} has a train_step of its own, of which the forward and backward pass cannot be "
-                "told apart for XLA: override compute_loss instead, or compile with jit_compile=False"
-            )
 
     def _step_function(self, keras_step: Callable[[Any], Any], training: bool) -> Callable[[Any], Any]:
         def step(data: Any) -> Any:

@@ -164,9 +164,19 @@ class Logs:
 
 def learning_rates(model: keras.Model) -> list[keras.Variable]:
     """The learning rates that callbacks can set: those of the optimizers of a model that follow no schedule."""
-    owned = [getattr(model, "optimizer", None), *vars(model).values()]
-    variables = [v for each in owned if isinstance(each, keras.optimizers.Optimizer) for v in each.variables]
+    owners = [model, *(layer for layer in model._flatten_layers() if isinstance(layer, keras.Model))]
+    optimizers = [optimizer for owner in owners for optimizer in _optimizers_in(vars(owner))]
+    variables = [variable for optimizer in optimizers for variable in optimizer.variables]
     return list({id(v): v for v in variables if v.name == "learning_rate"}.values())
+
+
+def _optimizers_in(value: Any) -> Iterator[keras.optimizers.Optimizer]:
+    """The optimizers that are an attribute, or in a list or dict that is one."""
+    if isinstance(value, keras.optimizers.Optimizer):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _optimizers_in(each)
 
 
 def flat(logs: dict[str, Any]) -> dict[str, Any]:

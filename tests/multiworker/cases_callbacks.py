@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from case_registry import (
     CROSSENTROPY,
     FIT,
@@ -176,6 +177,38 @@ def learning_rate_schedule_on_one_rank(worker: Worker) -> Result:
     """LearningRateScheduler on rank 0 alone"""
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.1 if epoch else rate)
     return fitted(mlp(worker), X, Y, callbacks=[schedule] if worker.rank == 0 else [])
+
+
+@case("the workers have different learning rates.*LearningRateScheduler")
+def learning_rate_of_one_of_several_optimizers(worker: Worker) -> Result:
+    """the same with one of several optimizers, which a model has in a dict"""
+
+    class Halves(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)
+            self.optimizers = {"hidden": keras.optimizers.Adam(0.01), "last": [keras.optimizers.SGD(0.1)]}
+
+        def call(self, x: Any) -> Any:
+            return self.last(self.hidden(x))
+
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape(persistent=True) as tape:
+                loss = self.compute_loss(y=y, y_pred=self(x))
+            (last,) = self.optimizers["last"]
+            for optimizer, layer in ((self.optimizers["hidden"], self.hidden), (last, self.last)):
+                weights = layer.trainable_weights
+                optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+            return {"step_loss": loss}
+
+    def set_rate(step: int, logs: Any) -> None:
+        if step == 2 and worker.rank == 0:
+            model.optimizers["last"][0].learning_rate = 0.01
+
+    from_logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = worker.compiled(Halves, from_logits)
+    return fitted(model, X, Y, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=set_rate)])
 
 
 @case("the workers have different weights: .*kernel")

@@ -197,6 +197,17 @@ def recurrent_layers(worker: Worker) -> Result:
     )
 
 
+@case("gru.*has stateful=True.*stateful=False")
+def stateful_recurrent_layer(worker: Worker) -> Result:
+    """GRU with `stateful=True`"""
+    layers = keras.layers
+    make = lambda: keras.Sequential(  # noqa: E731
+        [layers.Input(batch_shape=(8, 8, 24)), layers.GRU(4, stateful=True), layers.Dense(2, "softmax")]
+    )
+    model = worker.compiled(make, CROSSENTROPY)
+    return fitted(model, IMAGES[:40].reshape(-1, 8, 24), CLASSES[:40], batch_size=8, shuffle=False)
+
+
 @case(f"{DIFFERS}(variable .*running_mean|log loss)")
 def layer_that_keeps_a_statistic_of_its_rows(worker: Worker) -> Result:
     """a layer of one's own that keeps a running mean of its inputs"""

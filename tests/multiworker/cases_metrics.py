@@ -17,6 +17,7 @@ from case_registry import (
     Y,
     case,
     classifier,
+    dataset,
     fitted,
     outcome,
     regressor,
@@ -168,6 +169,16 @@ def weighted_metrics(worker: Worker) -> Result:
     first = fitted(model, X, Y, sample_weight=weights)
     second = fitted(model, X, Y, class_weight={0: 1.0, 1: 3.0})
     return first | {f"again {name}": value for name, value in second.items()}
+
+
+@case()
+def class_weight_of_shards(worker: Worker) -> Result:
+    """`class_weight` with `distribute`"""
+    size = BATCH // worker.num_workers
+    rows = np.arange(ROWS - 1).reshape(-1, worker.num_workers, size)[:, worker.rank].ravel()
+    data = worker.distribute(dataset(X[rows], Y[rows], size=size))
+    model = worker.compiled(classifier, CROSSENTROPY, metrics=["accuracy"], weighted_metrics=[CROSSENTROPY])
+    return fitted(model, data, class_weight={0: 1.0, 1: 3.0})
 
 
 @case()
