@@ -194,7 +194,8 @@ def size_of(model: OwnModel) -> dict[str, int]:
         ValueError: if the builder does not take the arguments, or the multiply-accumulates are not known, from which
             the number of epochs follows.
     """
-    from pipeline.training.models import build_model, count_macs
+    from pipeline.training.macs import count_macs
+    from pipeline.training.models import build_model
     from pipeline.training.worker import OwnModelError
 
     try:

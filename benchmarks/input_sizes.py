@@ -83,7 +83,7 @@ def measure(
     import numpy as np
     from comparison_models import BUILDERS
 
-    from pipeline.training.models import count_macs
+    from pipeline.training.macs import count_macs
 
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("mixed_bfloat16")

@@ -48,7 +48,8 @@ class _Steps:
     def evaluate(self, context: Context) -> dict[str, Any]:
         import keras
 
-        from pipeline.training.models import build_model, count_macs
+        from pipeline.training.macs import count_macs
+        from pipeline.training.models import build_model
 
         own, policy = self.model.for_data(context.inputs["preprocess"]), keras.config.dtype_policy()
         keras.config.set_dtype_policy(context.config.train.precision)

@@ -5,7 +5,9 @@ worker.py             `Worker`: rank, reports, stop request; imports no TensorFl
 fit.py                trains a model as one worker
 kept_models.py        models that are used again by the next training, since tracing takes seconds
 own_model.py          `OwnModel`: a Keras model of one's own in the place of a Perceiver; imports no TensorFlow
-models.py             builds either, and counts multiply-accumulates
+models.py             builds either
+outputs.py            whether the outputs of a model of one's own can be logits
+macs.py               counts multiply-accumulates
 recorder.py           the callback that reports epochs and writes checkpoints
 parts.py              divides a batch among the threads of a worker
 batches.py            which rows a worker trains on at which step

@@ -28,7 +28,8 @@ from pipeline.training.checkpoint import TrainingState
 from pipeline.training.config import TrainingConfig
 from pipeline.training.input_pipeline import training_dataset, validation_dataset
 from pipeline.training.kept_models import Compiled, KeptModels
-from pipeline.training.models import build_model, macs_of
+from pipeline.training.macs import macs_of
+from pipeline.training.models import build_model
 from pipeline.training.optimization import (
     PLATEAU_FACTOR,
     Accuracy,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import layers
 
 ImageShape = tuple[int, int, int]
@@ -45,6 +46,21 @@ def with_a_softmax(image_shape: ImageShape, num_classes: int, **_: Any) -> keras
     return keras.Model(
         images, layers.Dense(num_classes, "softmax")(layers.Flatten()(layers.Rescaling(1 / 255)(images)))
     )
+
+
+def with_a_sigmoid(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    return keras.Sequential([convolutional(image_shape, num_classes, (), ()), layers.Activation("sigmoid")])
+
+
+def within_a_function(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    """A model whose last activation is in a function of TensorFlow."""
+
+    class Bounded(layers.Layer):
+        @tf.function
+        def call(self, x: Any) -> Any:
+            return tf.cast(tf.tanh(x), tf.float32)
+
+    return keras.Sequential([convolutional(image_shape, num_classes, (), ()), Bounded()])
 
 
 def no_model(**_: Any) -> str:

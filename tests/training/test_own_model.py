@@ -22,7 +22,8 @@ from pipeline.storage import Storage
 from pipeline.tasks.graph import TASKS
 from pipeline.tasks.own_model import own_model_tasks
 from pipeline.training.config import TrainingConfig
-from pipeline.training.models import build_model, count_macs, macs_of
+from pipeline.training.macs import count_macs, macs_of
+from pipeline.training.models import build_model
 from pipeline.training.optimization import optimizer
 from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import OwnModelError
@@ -111,6 +112,8 @@ def test_macs_that_the_graph_does_not_tell_are_unknown_and_not_too_low(layer: Ca
     [
         (own_models.with_too_few_logits, r"gives \(None, 9\): it should give logits \(None, 10\)"),
         (own_models.with_a_softmax, "gives probabilities, which sum to 1: leave its softmax out"),
+        (own_models.with_a_sigmoid, "ends in a sigmoid, which keeps its outputs between 0 and 1: leave it out"),
+        (own_models.within_a_function, "ends in a tanh, which keeps its outputs between -1 and 1: leave it out"),
         (own_models.no_model, "the builder no_model returns str: return a keras.Model"),
         (own_models.failing, "the builder failing failed: RuntimeError: no such layer"),
     ],
