@@ -3,15 +3,23 @@
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 
 def kill_cluster(folder: Path) -> None:
     """Kills this session's processes whose RAY_TMPDIR is `folder`; `ray start` itself takes half a minute to end."""
-    for process in processes_of_this_session():
-        with contextlib.suppress(OSError):
-            if f"RAY_TMPDIR={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+    while found := [process for process in processes_of_this_session() if _has_folder(process, folder)]:
+        for process in found:  # one of them may have started another meanwhile
+            with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _has_folder(process: int, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return f"RAY_TMPDIR={folder}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return False
 
 
 def processes_of_this_session() -> dict[int, str]:

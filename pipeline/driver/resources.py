@@ -12,7 +12,8 @@ from pipeline.devices import mention_unused_gpus, require_gpu_in_cluster
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
 from pipeline.tracking.provenance import PACKAGES
-from pipeline.workflow.cluster import address_to_join, join_or_start, usable_cpus
+from pipeline.workflow.address import address_to_join
+from pipeline.workflow.cluster import join_or_start, usable_cpus
 from pipeline.workflow.nodes import check_nodes
 from tune.resources import concurrent_trials
 

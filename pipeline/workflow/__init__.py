@@ -5,6 +5,7 @@ run.py       the tasks of a run in storage: their keys, and which of them are do
 runner.py    executes the tasks that are not done, and commits what they return
 channel.py   carries events from the processes of a run to its driver, and a stop request back
 lease.py     lets one driver at a time work at a run
+address.py   finds the cluster to join, and asks whether it answers
 cluster.py   joins the Ray cluster that is running, or starts one on this machine
 nodes.py     checks that all nodes see the same storage, and have the same versions
 """

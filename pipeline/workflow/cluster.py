@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import os
-import re
 import secrets
-import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import Any
 
 import ray
 
-ANSWER_SECONDS = 5.0
-HTTP2_SETTINGS = b"\x04"
-HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
+from pipeline.workflow.address import address_to_join
+
 LONGEST_REASON = 400
 SHARED_MEMORY = "/dev/shm"
 CGROUP = Path("/sys/fs/cgroup")
@@ -158,54 +155,3 @@ def _remedy(error: Exception) -> str:
         if any(word in text for word in words):
             return remedy
     return "see `ray status` on the head, or unset RAY_ADDRESS to start a cluster on this machine"
-
-
-def address_to_join() -> str | None:
-    """Address of the cluster to join: `$RAY_ADDRESS`, or that of a `ray start` of this user or of root on this
-    machine if it answers.
-
-    Raises:
-        ValueError: if `$RAY_ADDRESS` is no address that a driver can join, or no cluster answers there.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "auto"):
-        return _started_here() or address or None
-    if address == "local":
-        return None
-    if not re.fullmatch(r"[^/]+:[0-9]+", address):
-        raise ValueError(
-            f"RAY_ADDRESS = {address}: a run is started on the cluster, where the address is HOST:PORT of the head: "
-            "take `ray submit` or `ray job submit`, or unset RAY_ADDRESS"
-        )
-    if not _answers(address):
-        raise ValueError(f"RAY_ADDRESS = {address}: no cluster answers: start it, or unset RAY_ADDRESS")
-    return address
-
-
-def _started_here() -> str | None:
-    """Address of the cluster that `ray start` of this user or of root has started on this machine, if it answers."""
-    address = _own_text(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster")
-    return address if address and _answers(address) else None
-
-
-def _own_text(path: Path) -> str | None:
-    """The text of a file that this user or root has written; None of another: Ray lets all users write its folder."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), errors="replace") as file:
-            status = os.fstat(file.fileno())
-            is_own = stat.S_ISREG(status.st_mode) and status.st_uid in (os.getuid(), 0)
-            return file.read(1000).strip() if is_own else None
-    except OSError:
-        return None
-
-
-def _answers(address: str) -> bool:
-    """Whether a gRPC server answers at `host:port`; Ray itself would keep trying for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
-            connection.sendall(HTTP2_PREFACE)
-            # The first frame of an HTTP/2 server is its settings; the byte after the length of a frame is its type.
-            return connection.recv(9)[3:4] == HTTP2_SETTINGS
-    except (OSError, ValueError):
-        return False

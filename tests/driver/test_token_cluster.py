@@ -35,22 +35,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(home: Path, ray_folder: Path) -> Iterator[str]:
     """Address of a cluster with 2 CPUs."""
+    address, head = start_head(ray_folder, shell(home, RAY_TMPDIR=str(ray_folder)), "127.0.0.1")
+    yield address
+    kill_cluster(ray_folder)
+    head.wait()
+
+
+def start_head(ray_folder: Path, environment: dict[str, str], host: str) -> tuple[str, subprocess.Popen[bytes]]:
+    """Starts a cluster with 2 CPUs by `ray start`; returns its address and the process that is to be waited for."""
     port = free_port()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2"]
-    command += ["--port", str(port), "--node-ip-address", "127.0.0.1", "--include-dashboard", "false"]
+    command += ["--port", str(port), "--node-ip-address", host, "--include-dashboard", "false"]
     command += ["--temp-dir", str(ray_folder / "ray")]
     with (ray_folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=shell(home, RAY_TMPDIR=str(ray_folder)), stdout=log, stderr=log, start_new_session=True
-        )
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 60
     while "Ray runtime started" not in (ray_folder / "head.log").read_text():
         assert head.poll() is None, (ray_folder / "head.log").read_text()
         assert time.monotonic() < deadline, (ray_folder / "head.log").read_text()
         time.sleep(0.1)
-    yield f"127.0.0.1:{port}"
-    kill_cluster(ray_folder)
-    head.wait()
+    return f"{host}:{port}", head
 
 
 def run(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:

@@ -1,80 +1,18 @@
-"""The address of the cluster to join, and what a person is told when no cluster can be joined or started."""
+"""What a person is told when no cluster can be started, and what a cluster on this machine gets."""
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.workflow import cluster
-from pipeline.workflow.cluster import HTTP2_PREFACE, address_to_join, join_or_start
+from pipeline.workflow.cluster import join_or_start
 
 ROOT = Path(__file__).parents[2]
-SETTINGS_FRAME = b"\0\0\0\x04\0\0\0\0\0"
-
-
-@contextlib.contextmanager
-def server(answer: bytes | None) -> Iterator[str]:
-    """Address of a server that sends `answer` to each connection, as a gRPC server does; None: it says nothing."""
-    held: list[socket.socket] = []
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                held.append(connection)
-                if answer is not None:
-                    connection.recv(len(HTTP2_PREFACE))
-                    connection.sendall(answer)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-    for connection in held:
-        connection.close()
-
-
-def test_what_a_killed_cluster_left_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    (tmp_path / "ray").mkdir()
-    with server(SETTINGS_FRAME) as address:
-        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
-        assert address_to_join() == address
-        monkeypatch.setenv("RAY_ADDRESS", "auto")
-        assert address_to_join() == address
-        monkeypatch.setenv("RAY_ADDRESS", "local")
-        assert address_to_join() is None
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert address_to_join() is None
-
-
-@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "HTTP/1"])
-def test_a_port_of_another_program_is_no_cluster(
-    answer: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    (tmp_path / "ray").mkdir()
-    with server(answer) as address:
-        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
-        assert address_to_join() is None, "its port was given to another program since"
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        with pytest.raises(ValueError, match=f"RAY_ADDRESS = {address}: no cluster answers: start it, or unset"):
-            address_to_join()
-
-
-@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head"])
-def test_an_address_of_another_kind_is_refused_with_the_remedy(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ValueError, match=r"HOST:PORT of the head: take `ray submit` or `ray job submit`, or unset"):
-        address_to_join()
 
 
 def test_a_cluster_that_cannot_be_started_is_one_message(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.storage import Storage
 from pipeline.workflow import cluster
-from pipeline.workflow.cluster import address_to_join
+from pipeline.workflow.address import address_to_join
 from pipeline.workflow.lease import Lease
 
 NOBODY = 65534
