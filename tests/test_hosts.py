@@ -20,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).with_name("hosts")))
 
 import cluster_state
+from classified import refuses_what_is_not_shared
 from cluster_state import (
     WORKER,
     cluster_up,
@@ -69,10 +70,8 @@ def nothing_left(hosts: Hosts) -> Iterator[None]:
 
 def long(epochs: int, runs: str) -> tuple[str, ...]:
     """Arguments of a run that trains for `epochs` epochs, with its own storage."""
-    return (
-        *SMALL, "--train.epochs", str(epochs), "--train.early-stopping-patience", str(epochs),
-        "--storage", f"{SHARED}/{runs}",
-    )  # fmt: skip
+    training = ("--train.epochs", str(epochs), "--train.early-stopping-patience", str(epochs))
+    return (*SMALL, *training, "--storage", f"{SHARED}/{runs}")
 
 
 def test_the_same_installation_is_on_every_host(hosts: Hosts) -> None:
@@ -125,6 +124,10 @@ def test_a_folder_that_is_not_shared_is_refused(hosts: Hosts) -> None:
     result = hosts.submit(*SMALL, "--storage", "/home/ray/runs", check=False)
     assert result.code != 0
     assert re.search(r"error: storage = '/home/ray/runs': node 10\.77\.0\.1[12] sees another folder", result.text)
+
+
+def test_images_are_classified_only_where_every_host_sees_them(hosts: Hosts) -> None:
+    refuses_what_is_not_shared(hosts, SHARED, "models:/perceiver/1")
 
 
 @pytest.mark.parametrize("token", ["none", "wrong"])
@@ -207,17 +210,14 @@ def test_a_host_that_is_cut_off_and_comes_back(hosts: Hosts) -> None:
     wait_until(lambda: len(epochs_of(submitted.text)) > told + 1, 600, "they train")
     lost = set(last.processes(WORKER))  # they stay for a while, because the head cannot reach them
     last.cut()
-    hosts.seconds["loss of a host seen"] = wait_until(
-        lambda: num_nodes(hosts) == 2, 90, "the head sees the loss", pause=1
-    )
+    seen = wait_until(lambda: num_nodes(hosts) == 2, 90, "the head sees the loss", pause=1)
+    hosts.seconds["loss of a host seen"] = seen
     before = epochs_of(submitted.text)[-1]
-    hosts.seconds["epochs go on"] = wait_until(
-        lambda: epochs_of(submitted.text)[-1] > before + 1, 180, "the training goes on"
-    )
+    continued = wait_until(lambda: epochs_of(submitted.text)[-1] > before + 1, 180, "the training goes on")
+    hosts.seconds["epochs go on"] = continued
     last.mend()
-    hosts.seconds["host used again"] = wait_until(
-        lambda: set(last.processes(WORKER)) - lost != set(), 240, f"{last.name} trains again"
-    )
+    used = wait_until(lambda: set(last.processes(WORKER)) - lost != set(), 240, f"{last.name} trains again")
+    hosts.seconds["host used again"] = used
     result = submitted.wait(600)
     assert result.code == 0, result.text
     assert "models:/perceiver/" in result.text

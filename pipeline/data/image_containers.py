@@ -6,6 +6,7 @@
 import io
 import itertools
 import json
+import socket
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ HEAD_BYTES = 1 << 16
 """Bytes in which the header of nearly every image file ends."""
 _BATCH_ROWS = 64
 _THREADS = 16
+_GONE = "give the command again if it was deleted meanwhile, or mount the same folder on all hosts"
 T = TypeVar("T")
 
 
@@ -269,7 +271,7 @@ def _read_range(root: Storage, kind: str, file: str, start: int, size: int, most
             wanted = min(size, most)
             data = source.read_at(wanted, start)
     except FileNotFoundError as error:
-        raise ValueError(f"{root.absolute(file)} is gone since it was listed: give the command again") from error
+        raise ValueError(f"{root.absolute(file)} is not there on the host {socket.gethostname()}: {_GONE}") from error
     except OSError as error:
         raise ValueError(f"{root.absolute(file)} cannot be read: {error}") from error
     if found != size or len(data) != wanted:

@@ -29,11 +29,14 @@ from pipeline.inference.config import PredictOptions
 from pipeline.registry.fetch import RegisteredModel, fetch
 from pipeline.storage import Storage, open_storage
 from pipeline.workflow.cluster import join_or_start
+from pipeline.workflow.nodes import check_file, check_nodes
 
 WAIT_SECONDS = 30.0
 JOB_FILE, DONE_FILE = "_job.json", "_done.json"
 READER_CPUS = 0.1
 """CPUs of a task that reads a part; low, so that readers can run next to actors that take all other CPUs."""
+PACKAGES = ("keras", "tensorflow", "ray", "numpy", "pyarrow", "pillow")
+"""Packages whose versions are compared between the nodes, since the results may depend on them."""
 CALLS, QUEUED = 2, 1
 """Parts that an actor has at a time: one is classified while another is written; and those that wait for it then."""
 READER_BYTES = 1 << 30
@@ -52,7 +55,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError: If the model or the input cannot be used, the input changes while it is read, the output holds
-            results of another job, or no node of the cluster has room for a process that classifies.
+            results of another job, a node of the cluster does not see the input or the output, or none has room for a
+            process that classifies.
         DeviceError: If a process cannot compute on the GPU that was asked for, or its memory does not suffice.
     """
     progress = _JobProgress(console)
@@ -70,7 +74,9 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
         progress.begin(source, todo)
         if todo:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            join_or_start()
+            if join_or_start():
+                check_nodes(output, PACKAGES, console.print, "output")
+                check_file(source.root, todo[0].files[0], "input", console.print)
             _check_room(options)
             if options.use_gpu:
                 require_gpu_in_cluster("use_gpu")

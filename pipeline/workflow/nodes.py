@@ -17,6 +17,7 @@ ANSWER_SECONDS = 60.0
 """Time for one process on every node to start and to answer."""
 LONGEST_REASON = 400
 SOURCES = "the sources of this project"
+DIGEST = "sha256:"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,11 +63,16 @@ def ask_every_node(
             continue  # the node has gone meanwhile
 
 
-def check_nodes(storage: Storage, packages: Sequence[str] = (), say: Callable[[str], None] = lambda text: None) -> None:
+def check_nodes(
+    storage: Storage,
+    packages: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+    option: str = "storage",
+) -> None:
     """Checks that every node of the cluster can read what this process has just written, and compares versions.
 
     Args:
-        storage: Storage that every node must see.
+        storage: Storage that every node must see, given as `option`.
         packages: Names of the packages whose versions are compared, beside the sources of this project.
         say: Gets what `ask_every_node` says, and a warning for each node that has other versions, with which it may
             compute other numbers.
@@ -80,7 +86,7 @@ def check_nodes(storage: Storage, packages: Sequence[str] = (), say: Callable[[s
     try:
         for node, (why, there) in ask_every_node(_look, storage, probe, word, packages, say=say):
             if why:
-                raise ValueError(f"storage = {storage.uri!r}: node {node} {why}")
+                raise ValueError(f"{option} = {storage.uri!r}: node {node} {why}")
             if others := [f"{name} {there[name]} (here {here[name]})" for name in here if there[name] != here[name]]:
                 say(
                     f"warning: node {node} has {', '.join(others)}: install the same everywhere, since another version "
@@ -88,6 +94,30 @@ def check_nodes(storage: Storage, packages: Sequence[str] = (), say: Callable[[s
                 )
     finally:
         storage.delete(probe)
+
+
+def check_file(root: Storage, file: str, option: str, say: Callable[[str], None] = lambda text: None) -> None:
+    """Checks that every node of the cluster reads in a file what this process reads there.
+
+    Args:
+        root: Storage of the file, given as `option`.
+        file: Its path in `root`. Its first megabyte is compared.
+        say: Gets what `ask_every_node` says.
+
+    Raises:
+        ValueError: if a node cannot read it, or reads something else; names the node.
+    """
+    here = _digest_of_file(root, file)
+    if not here.startswith(DIGEST):
+        return  # nobody can read it, which is said where its rows are read
+    for node, there in ask_every_node(_digest_of_file, root, file, say=say):
+        if there != here:
+            what = "sees another file at" if there.startswith(DIGEST) else "cannot read"
+            why = "" if there.startswith(DIGEST) else f" ({there})"
+            raise ValueError(
+                f"{option} = {root.uri!r}: node {node} {what} {root.absolute(file)}{why}: mount the same folder on all "
+                "nodes, or give an object store"
+            )
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -108,6 +138,15 @@ def _digest_of_sources() -> str:
         for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:8]
+
+
+def _digest_of_file(root: Storage, file: str) -> str:
+    """A hash of the first megabyte, which begins with `DIGEST`, or why it cannot be read."""
+    try:
+        with root.filesystem.open_input_file(root.fs_path(file)) as source:
+            return DIGEST + hashlib.sha256(source.read(1 << 20)).hexdigest()
+    except OSError as error:
+        return str(error)[:LONGEST_REASON]
 
 
 def _look(storage: Storage, probe: str, word: str, packages: Sequence[str]) -> tuple[str, dict[str, str]]:

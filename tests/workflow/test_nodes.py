@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.storage import Storage
 from pipeline.workflow import nodes
-from pipeline.workflow.nodes import SOURCES, check_nodes
+from pipeline.workflow.nodes import SOURCES, check_file, check_nodes
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -49,3 +49,19 @@ def test_any_other_source_is_another_version(tmp_path: Path, monkeypatch: pytest
         found.add(nodes.versions(())[SOURCES])
     nodes._digest_of_sources.cache_clear()
     assert len(found) == 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_node_that_does_not_see_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of another machine are given, since there is none here; test_hosts.py has one."""
+    (tmp_path / "a.png").write_bytes(bytes(100))
+    root, remedy = Storage(str(tmp_path)), "mount the same folder on all nodes, or give an object store"
+    check_file(root, "a.png", "input")
+    check_file(root, "b.png", "input")  # which nobody can read
+    for answer, why in (
+        ("No such file", r"cannot read \S+/a.png \(No such file\)"),
+        (nodes.DIGEST, "sees another file"),
+    ):
+        monkeypatch.setattr(nodes, "ask_every_node", lambda *_, answer=answer, **__: [("10.0.0.2", answer)])
+        with pytest.raises(ValueError, match=rf"^input = '{tmp_path}': node 10\.0\.0\.2 {why}.*: {remedy}"):
+            check_file(root, "a.png", "input")
