@@ -9,7 +9,8 @@ def refuses_what_is_not_shared(hosts: Hosts, shared: str, model: str) -> None:
     """Classifies images that only the head sees, to a folder that only it sees, and then what all hosts see."""
 
     def predict(images: str, output: str) -> str:
-        command = f"python -m pipeline.predict {model} {images} {output} --part-rows 2"
+        options = "--part-rows 2 --tracking-uri $MLFLOW_TRACKING_URI"
+        command = f"python -m pipeline.predict {model} {images} {output} {options}"
         text = hosts.ssh(hosts.head, f"cd ~/keras-perceiver-ray; {command} 2>&1 || true", timeout=300).text
         return " ".join(text.split())
 

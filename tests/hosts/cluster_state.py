@@ -23,7 +23,7 @@ def cluster_up(num_workers: int) -> Iterator[Hosts]:
         Hosts(Path(folder), num_workers) as made,
     ):
         made.ray("up", "--yes", str(made.yaml))
-        made.seconds["all nodes"] = wait_until(lambda: num_nodes(made) == num_workers + 1, 600, "all nodes", pause=1)
+        made.seconds["all nodes"] = wait_until(lambda: num_nodes(made) == num_workers + 1, 1200, "all nodes", pause=1)
         try:
             yield made
         finally:
