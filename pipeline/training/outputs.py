@@ -32,7 +32,7 @@ def fault_of_outputs(model: keras.Model, image_shape: tuple[int, int, int]) -> s
             "gives probabilities, which sum to 1: leave its softmax out, because the loss takes logits and has one of "
             "its own"
         )
-    # The graph takes longer, and logits of a model that has learned nothing are within the bounds only by chance.
+    # To trace the graph takes longer, and most models give some larger numbers.
     if (np.abs(found) <= 1).all() and (last := _last_operation(graph_of(model, image_shape))) in BOUNDED:
         return (
             f"ends in a {last.lower()}, which keeps its outputs {BOUNDED[last]}: leave it out, because the loss takes "

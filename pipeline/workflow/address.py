@@ -86,11 +86,11 @@ def _fault(address: str) -> str | None:
 def _tls() -> ssl.SSLContext:
     """What Ray does with TLS: both sides show the same kind of certificate, and the name in it is the address."""
     authority, certificate, key = (os.environ.get(name) for name in CERTIFICATES)
-    if not (certificate and key):
-        raise ValueError("a cluster asks for them")
+    if not (authority and certificate and key):
+        raise ValueError("Ray needs all three")
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.check_hostname = False  # gRPC accepts other names than Python does; Ray reports a wrong one itself
     made.load_verify_locations(authority)
-    made.load_cert_chain(certificate, key)
+    made.load_cert_chain(certificate, key, password="")  # without one, OpenSSL asks the terminal for that of a key
     made.set_alpn_protocols(["h2"])
     return made

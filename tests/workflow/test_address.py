@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from certificates import self_signed
+from cryptography.hazmat.primitives import serialization
 
 from pipeline.workflow import address as cluster_address
 from pipeline.workflow.address import CERTIFICATES, HTTP2_PREFACE, address_to_join
@@ -104,6 +105,11 @@ def test_a_cluster_with_tls_is_found(certificate: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("RAY_USE_TLS", "1")
         with pytest.raises(ValueError, match=r"but its certificates cannot be read .*mend RAY_TLS_CA_CERT = ,"):
             address_to_join()
+        for missing in CERTIFICATES:
+            for name in CERTIFICATES:
+                monkeypatch.setenv(name, "" if name == missing else str(certificate))
+            with pytest.raises(ValueError, match=rf"cannot be read \(Ray needs all three\): mend .*{missing} = ,"):
+                address_to_join()
         for name in CERTIFICATES:
             monkeypatch.setenv(name, str(certificate))
         assert address_to_join() == address
@@ -124,3 +130,18 @@ def test_other_certificates_than_those_of_the_cluster_are_named(
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(ValueError, match=r"TLS .* unset RAY_USE_TLS if it has none, or unset"):
             address_to_join()
+
+
+def test_a_key_with_a_password_is_named_and_nobody_is_asked(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = serialization.load_pem_private_key(certificate.read_bytes(), None)
+    encrypted = serialization.BestAvailableEncryption(b"secret")
+    file = tmp_path / "key.pem"
+    file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encrypted))
+    for name in CERTIFICATES:
+        monkeypatch.setenv(name, str(file if name.endswith("KEY") else certificate))
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"its certificates cannot be read .*RAY_TLS_SERVER_KEY = {file}"):
+        address_to_join()
