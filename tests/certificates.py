@@ -26,3 +26,13 @@ def self_signed(folder: Path, *addresses: str) -> Path:
     written = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     file.write_bytes(key.private_bytes(*written) + made.public_bytes(serialization.Encoding.PEM))
     return file
+
+
+def with_a_password(certificate: Path, file: Path) -> Path:
+    """Writes a certificate of `self_signed` with its key encrypted, for which OpenSSL asks the terminal."""
+    key = serialization.load_pem_private_key(certificate.read_bytes(), None)
+    encrypted = serialization.BestAvailableEncryption(b"secret")
+    written = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encrypted)
+    own = x509.load_pem_x509_certificate(certificate.read_bytes())
+    file.write_bytes(written + own.public_bytes(serialization.Encoding.PEM))
+    return file

@@ -187,7 +187,7 @@ def _tls() -> ssl.SSLContext:
             context = ssl.create_default_context(capath=path if is_folder else None, cafile=None if is_folder else path)
     if own := os.environ.get(_CLIENT_CERTIFICATE):
         with _named(_CLIENT_CERTIFICATE, own):
-            context.load_cert_chain(own)
+            context.load_cert_chain(own, password="")  # without one, OpenSSL asks the terminal for that of a key
     return context
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from certificates import self_signed
+from certificates import self_signed, with_a_password
 
 from pipeline.tracking import server
 from pipeline.tracking.server import check_server
@@ -74,7 +74,9 @@ def test_an_authority_that_only_the_system_knows_is_refused_as_by_mlflow(
         check_server(f"https://{host}")
 
 
-def test_a_certificate_of_the_client_is_shown(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_the_client_is_shown(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
     tls.verify_mode = ssl.CERT_REQUIRED
@@ -85,6 +87,12 @@ def test_a_certificate_of_the_client_is_shown(certificate: Path, monkeypatch: py
             check_server(f"https://{host}")
         monkeypatch.setenv("MLFLOW_TRACKING_CLIENT_CERT_PATH", str(certificate))
         check_server(f"https://{host}")
+        file = with_a_password(certificate, tmp_path / "encrypted.pem")
+        monkeypatch.setenv("MLFLOW_TRACKING_CLIENT_CERT_PATH", str(file))
+        with pytest.raises(
+            ValueError, match=f"MLFLOW_TRACKING_CLIENT_CERT_PATH = {file} cannot be read as certificates"
+        ):
+            check_server(f"https://{host}")
 
 
 def test_certificates_are_not_the_matter_of_a_server_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from certificates import self_signed
-from cryptography.hazmat.primitives import serialization
+from certificates import self_signed, with_a_password
 
 from pipeline.workflow import address as cluster_address
 from pipeline.workflow.address import CERTIFICATES, HTTP2_PREFACE, address_to_join
@@ -135,10 +134,7 @@ def test_other_certificates_than_those_of_the_cluster_are_named(
 def test_a_key_with_a_password_is_named_and_nobody_is_asked(
     certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = serialization.load_pem_private_key(certificate.read_bytes(), None)
-    encrypted = serialization.BestAvailableEncryption(b"secret")
-    file = tmp_path / "key.pem"
-    file.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encrypted))
+    file = with_a_password(certificate, tmp_path / "key.pem")
     for name in CERTIFICATES:
         monkeypatch.setenv(name, str(file if name.endswith("KEY") else certificate))
     monkeypatch.setenv("RAY_USE_TLS", "1")
