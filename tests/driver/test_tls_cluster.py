@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import ray
 from certificates import self_signed
+from ray_head import shell, start_head
 from session_processes import kill_cluster
-from test_token_cluster import ROOT, shell, start_head
 
 from pipeline.workflow.address import CERTIFICATES
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
