@@ -6,12 +6,16 @@ import socket
 import ssl
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 ANSWER_SECONDS = 5.0
+STOP_SECONDS = 1.0
+"""After which a cluster that was about to stop, and so ended a connection, answers no more."""
 HTTP2_SETTINGS = b"\x04"
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + HTTP2_SETTINGS + b"\0\0\0\0\0"
 TLS_ALERT = b"\x15"
+NO_CLUSTER = "no cluster answers: start it"
 CERTIFICATES = ("RAY_TLS_CA_CERT", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY")
 
 
@@ -20,7 +24,8 @@ def address_to_join() -> str | None:
     machine if it answers.
 
     Raises:
-        ValueError: if `$RAY_ADDRESS` is no address that a driver can join, or no cluster answers there.
+        ValueError: if `$RAY_ADDRESS` is no address that a driver can join, if no cluster answers there, or if what
+            answers at either address does not agree to the TLS of this process.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "auto"):
@@ -38,9 +43,21 @@ def address_to_join() -> str | None:
 
 
 def _started_here() -> str | None:
-    """Address of the cluster that `ray start` of this user or of root has started on this machine, if it answers."""
-    address = _own_text(Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster")
-    return address if address and not _fault(address) else None
+    """Address of the cluster that `ray start` of this user or of root has started on this machine, if it answers.
+
+    A run that silently went on without a cluster with TLS would not use its nodes, so that is an error.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    address = _own_text(file)
+    fault = _fault(address) if address else NO_CLUSTER
+    if address and fault not in (None, NO_CLUSTER):
+        time.sleep(STOP_SECONDS)
+        fault = _fault(address)
+    if fault in (None, NO_CLUSTER):
+        return None if fault else address
+    raise ValueError(
+        f"{file} names a cluster at {address}: {fault}, or set RAY_ADDRESS = local for a run without that cluster"
+    )
 
 
 def _own_text(path: Path) -> str | None:
@@ -76,11 +93,11 @@ def _fault(address: str) -> str | None:
     except ConnectionResetError:
         answer = b""
     except (OSError, ValueError, OverflowError):
-        return "no cluster answers: start it"
+        return NO_CLUSTER
     if answer[:1] in (b"", TLS_ALERT) and tls is None:
         return "what answers ends the connection: if it is a cluster with TLS, set RAY_USE_TLS = 1 and its certificates"
     # The first frame of an HTTP/2 server is its settings; the byte after the length of a frame is its type.
-    return None if answer[3:4] == HTTP2_SETTINGS else "no cluster answers: start it"
+    return None if answer[3:4] == HTTP2_SETTINGS else NO_CLUSTER
 
 
 def _tls() -> ssl.SSLContext:

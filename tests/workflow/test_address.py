@@ -114,6 +114,28 @@ def test_a_cluster_with_tls_is_found(certificate: Path, monkeypatch: pytest.Monk
         assert address_to_join() == address
 
 
+def test_a_cluster_with_tls_that_was_started_here_is_not_passed_over(
+    certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_USE_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in CERTIFICATES:
+        monkeypatch.setenv(name, str(certificate))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    file = tmp_path / "ray" / "ray_current_cluster"
+    with server(SETTINGS_FRAME, asks_for(certificate)) as address:
+        file.write_text(address)
+        with pytest.raises(
+            ValueError,
+            match=rf"{file} names a cluster at {address}: .* set RAY_USE_TLS = 1 .* or set RAY_ADDRESS = local",
+        ):
+            address_to_join()
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        assert address_to_join() == address
+    assert address_to_join() is None, "it has ended"
+
+
 def test_other_certificates_than_those_of_the_cluster_are_named(
     certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
