@@ -45,7 +45,7 @@ STEPS = {
     "cifar100_gpu": Step(compute_seconds=512 / 37_000, gradient_bytes=4 * 6_024_036),
     "cifar100_8gpu": Step(compute_seconds=128 / 5_500, gradient_bytes=4 * 15_138_404),
 }
-"""Computation of one GPU as docs/results.md guesses it, at 512 and 128 rows; the gradients follow from the presets."""
+"""Computation of one GPU as docs/scaling.md guesses it, at 512 and 128 rows; the gradients follow from the presets."""
 GPU_TURN_SECONDS = 50e-6
 """A turn of a ring between GPUs of several hosts; a guess, and their work for a byte is left out."""
 
