@@ -14,6 +14,7 @@ from keras import KerasTensor as Tensor
 from keras import layers, ops
 
 from perceiver.freezing import LayerWithParts
+from perceiver.implementations import implementations
 from perceiver.whitening import patch_whitening
 
 Shape = tuple[Any, ...]  # integers, None where a size is unknown
@@ -185,14 +186,14 @@ class ConvStem(LayerWithParts):
         convolution.build((None, None, None, channels))
         return convolution
 
-    def call(self, images: Tensor) -> Tensor:
+    def call(self, images: Tensor, training: bool | None = None) -> Tensor:
         x = images
         for convolution in self.convolutions:
-            x = convolution(x)
+            x = _convolve(convolution, x, training)
             x = ops.max_pool(x, self.pool_size, strides=2, padding="same", data_format="channels_last")
             x = ops.relu(x)
         for convolution in self.residuals:
-            x = x + ops.relu(convolution(x))
+            x = x + ops.relu(_convolve(convolution, x, training))
         return ops.reshape(x, (-1, x.shape[1] * x.shape[2], x.shape[3]))
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
@@ -210,3 +211,12 @@ class ConvStem(LayerWithParts):
             "channel_growth": self.channel_growth,
             "num_residuals": self.num_residuals,
         }
+
+
+def _convolve(convolution: layers.Conv2D, x: Tensor, training: bool | None) -> Tensor:
+    """What a convolution of the stem makes of `x`, in the compute dtype, by `Implementations.convolution`."""
+    if not training or implementations().convolution == "library":
+        return convolution(x)
+    kernel, bias = (ops.cast(each, "float32") for each in (convolution.kernel, convolution.bias))
+    y = ops.conv(ops.cast(x, "float32"), kernel, padding="same", data_format="channels_last") + bias
+    return ops.cast(y, convolution.compute_dtype)

@@ -7,16 +7,17 @@ import contextlib
 import ctypes
 import importlib.util
 import os
-import platform
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from perceiver.processor import cpu_name as cpu_name
+from perceiver.processor import has_16_bit_kernels
+
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 CHECK_SECONDS = 60.0
 """How long a check in the cluster waits for a free GPU. Where none gets free, the process itself checks later."""
-CPU_INFO = Path("/proc/cpuinfo")
 XLA_TRITON = "--xla_gpu_enable_triton_gemm"
 """XLA's flag for matrix products by Triton kernels beside those of cuBLAS."""
 
@@ -102,15 +103,16 @@ def best_precision(capability: tuple[int, int]) -> Precision:
     return "mixed_float16" if capability >= (7, 0) else "float32"
 
 
-def precision_advice(precision: str, use_gpu: bool) -> str:
+def precision_advice(precision: str, use_gpu: bool, is_perceiver: bool) -> str:
     """A line if the device of this process is slow at the dtype of `train.precision`; else an empty string.
 
     Args:
         precision: A Keras dtype policy.
+        is_perceiver: Whether the model is one, which avoids what is slow on processors; see perceiver.implementations.
         use_gpu: Whether the process computes on its GPU, which `set_up_tensorflow` or `require_gpu` has found.
     """
     if not use_gpu:
-        if precision == "float32" or _has_16_bit_kernels():
+        if precision == "float32" or is_perceiver or has_16_bit_kernels():
             return ""
         return (
             f"train.precision = {precision} is slow on {cpu_name()}, which has no AVX-512, above all in the "
@@ -142,30 +144,6 @@ def used_gpus() -> int:
     import tensorflow as tf
 
     return len(tf.config.list_logical_devices("GPU"))
-
-
-def cpu_name() -> str:
-    """Name of the processor as the kernel has it, or else of its architecture."""
-    with contextlib.suppress(OSError):
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _has_16_bit_kernels() -> bool:
-    """Whether oneDNN has kernels for 16-bit floats on this processor; True where that is not known.
-
-    On x86-64 they need AVX-512, or AVX-NE-CONVERT, which processors have that came after it without AVX-512. Other
-    architectures have other ones.
-    """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    with contextlib.suppress(OSError):
-        for line in CPU_INFO.read_text().splitlines():
-            if line.startswith("flags"):
-                return not {"avx512bw", "avx_ne_convert"}.isdisjoint(line.split())
-    return True
 
 
 def _gpus() -> list[tuple[str, tuple[int, int]]]:

@@ -22,6 +22,7 @@ import tensorflow as tf
 from image_models import IMAGE_SHAPE, save_model
 from session_processes import kill_cluster
 
+from perceiver import processor
 from pipeline import devices
 from pipeline.devices import (
     GpuError,
@@ -33,8 +34,8 @@ from pipeline.devices import (
     used_device,
     used_gpus,
 )
-from pipeline.settings.presets import quickstart
 from pipeline.training.config import TrainingConfig
+from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import Worker
 from pipeline.workers import in_process
 
@@ -216,7 +217,7 @@ def test_a_precision_that_a_gpu_has_no_units_for_is_mentioned(
     monkeypatch: pytest.MonkeyPatch, precision: str, capability: tuple[int, int], expected: str
 ) -> None:
     monkeypatch.setattr(devices, "_gpus", lambda: [("V100", capability)])
-    assert re.search(expected, devices.precision_advice(precision, use_gpu=True))
+    assert re.search(expected, devices.precision_advice(precision, use_gpu=True, is_perceiver=True))
 
 
 @pytest.mark.parametrize(
@@ -234,19 +235,20 @@ def test_a_precision_that_a_processor_is_slow_at_is_mentioned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, machine: str, flags: str, expected: str
 ) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu {flags}\n")
-    monkeypatch.setattr(devices, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("platform.machine", lambda: machine)
-    assert re.search(expected, devices.precision_advice(precision, use_gpu=False))
+    assert re.search(expected, devices.precision_advice(precision, use_gpu=False, is_perceiver=False))
+    assert not devices.precision_advice(precision, use_gpu=False, is_perceiver=True)
 
 
-def test_a_trial_says_that_its_processor_is_slow_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_says_that_its_processor_is_slow_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
-    monkeypatch.setattr(devices, "_has_16_bit_kernels", lambda: False)
+    monkeypatch.setattr(devices, "has_16_bit_kernels", lambda: False)
     monkeypatch.setattr(in_process, "set_up_tensorflow", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.training.fit.fit", lambda *_: happened.append("trained"))
     config = TrainingConfig(precision="mixed_bfloat16")
     worker = Worker(report=lambda metrics, folder: None)
-    in_process.train_in_process(quickstart().model, config, None, None, worker, warn=happened.append)  # type: ignore[arg-type]
+    in_process.train_in_process(OwnModel(print), config, None, None, worker, warn=happened.append)  # type: ignore[arg-type]
     assert [line.partition(" is slow on")[0] for line in happened] == ["train.precision = mixed_bfloat16", "trained"]
 
 

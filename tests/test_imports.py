@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline.contact": (),
     "pipeline.storage": ("pipeline.contact",),
     "pipeline.masking": (),
-    "pipeline.devices": (),
+    "pipeline.devices": ("perceiver.processor",),
     "pipeline.fields": ("pipeline.masking",),
     # Its exit code and its messages are those of every command.
     "pipeline.command": ("pipeline.contact", "pipeline.masking", "pipeline.devices"),

@@ -18,6 +18,7 @@ from pipeline.tasks.events import Warned
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.worker import EpochEnded, Worker, WorkersStarted
+from pipeline.workers.environment import choose_kernels
 from pipeline.workers.in_process import train_in_process
 from pipeline.workflow.channel import Channel
 from tune.space import Sample, to_model, training_values
@@ -82,6 +83,7 @@ class TrialTraining:
         resume_from: Path | None,
         report: Report,
     ) -> None:
+        choose_kernels(model, train.use_gpu)  # before the import of TensorFlow
         kept = _kept_models()
         kept.free_memory()
         committed = time.monotonic()

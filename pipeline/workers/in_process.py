@@ -58,7 +58,8 @@ def train_in_process(
         tf.config.experimental.enable_op_determinism()
     if config.use_gpu:
         require_gpu("train.use_gpu")
-    if warn and (advice := precision_advice(config.precision, config.use_gpu)):
+    advice = precision_advice(config.precision, config.use_gpu, isinstance(model, PerceiverConfig))
+    if warn and advice:
         warn(advice)
     try:
         with memory_errors(_memory_remedy(config, worker.num_workers)):

@@ -43,11 +43,13 @@ class TensorFlowConfig(BackendConfig):
         channel: Gets `WorkersStarted` whenever all workers of a group run.
         use_gpu: Whether each worker must compute on a GPU.
         precision: Keras dtype policy of the training.
+        is_perceiver: Whether the model is a Perceiver.
     """
 
     channel: Channel
     use_gpu: bool
     precision: str = "float32"
+    is_perceiver: bool = True
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -56,7 +58,9 @@ class TensorFlowConfig(BackendConfig):
 
 class _TensorFlowBackend(Backend):
     def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
-        advice = worker_group.execute(_import_tensorflow, backend_config.use_gpu, backend_config.precision)
+        advice = worker_group.execute(
+            _import_tensorflow, backend_config.use_gpu, backend_config.precision, backend_config.is_perceiver
+        )
         found = worker_group.execute(_free_address)  # not before, for the ports are free only for the moment
         addresses, refused = [address for address, _ in found], [refusal for _, refusal in found if refusal]
         if len({address.rpartition(":")[0] for address in addresses}) == 1:
@@ -104,7 +108,7 @@ def guard_port() -> Callable[[], None]:
     return check
 
 
-def _import_tensorflow(use_gpu: bool, precision: str) -> str:
+def _import_tensorflow(use_gpu: bool, precision: str, is_perceiver: bool) -> str:
     """Imports TensorFlow and looks for the GPU, if there must be one; what there is to say of the precision."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -119,7 +123,7 @@ def _import_tensorflow(use_gpu: bool, precision: str) -> str:
             require_gpu("train.use_gpu")
         except GpuError as error:
             raise WorkerError(str(error)) from error
-    return precision_advice(precision, use_gpu)
+    return precision_advice(precision, use_gpu, is_perceiver)
 
 
 def _free_address() -> tuple[str, str]:

@@ -104,7 +104,7 @@ def train(
             "storage": storage,
             "failed": failed,
         },
-        backend_config=TensorFlowConfig(channel, config.use_gpu, config.precision),
+        backend_config=TensorFlowConfig(channel, config.use_gpu, config.precision, isinstance(model, PerceiverConfig)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.num_workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,  # type: ignore[call-arg]
@@ -116,7 +116,7 @@ def train(
         run_config=ray.train.RunConfig(
             name="ray-train",
             storage_path=storage.absolute(state),
-            worker_runtime_env=environment.of_workers(config.has_reserve),
+            worker_runtime_env=environment.of_workers(model, config.use_gpu, config.has_reserve),
             failure_config=ray.train.FailureConfig(
                 max_failures=config.max_failures,
                 controller_failure_limit=start_failures,  # type: ignore[call-arg]

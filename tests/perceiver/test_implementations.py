@@ -1,4 +1,4 @@
-"""Every implementation of attention, LayerNorm and GELU gives the values and gradients of the package's own."""
+"""Every implementation of a part of the model gives the values and gradients of the package's own."""
 
 import keras
 import numpy as np
@@ -10,10 +10,17 @@ from perceiver.attention import MultiHeadAttention
 from perceiver.blocks import MLP
 from perceiver.implementations import CHOICES, Implementations, chosen_for, implementations, using
 from perceiver.normalization import LayerNorm
+from perceiver.preprocessing import ConvStem
 
 _RANDOM = np.random.default_rng(0)
 _ROWS = _RANDOM.normal(size=(2, 5, 8)).astype("float32")
 _DATA = _RANDOM.normal(size=(2, 13, 6)).astype("float32")
+_IMAGES = _RANDOM.normal(size=(64, 8, 8, 3)).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def processor_of_any_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_16_bit_kernels", lambda: True)
 
 
 def results(layer: keras.layers.Layer, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -48,6 +55,49 @@ def test_values_and_gradients_are_those_of_the_own(make, inputs, other) -> None:
     assert implementations() == Implementations()
     for mine, theirs in zip(expected, found, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_convolutions_in_float32_are_as_exact_as_those_in_16_bits(policy: str) -> None:
+    stem, exact = (ConvStem(2, 8, units=16, num_residuals=1, dtype=dtype) for dtype in (policy, "float32"))
+    for each in (stem, exact):
+        each(_IMAGES)
+    for variable, other in zip(stem.trainable_variables, exact.trainable_variables, strict=True):
+        variable.assign(_RANDOM.normal(size=variable.shape) / 4)  # biases are zero at first
+        other.assign(variable)
+    half = tf.as_dtype(stem.compute_dtype)
+
+    def traced(layer: ConvStem, training: bool) -> tuple[set[tf.DType], list[tf.Tensor]]:
+        """Dtypes of the convolutions in the graph of a step; the rows, and the gradients of the weights."""
+
+        @tf.function
+        def step() -> list[tf.Tensor]:
+            with tf.GradientTape() as tape:
+                rows = tf.cast(layer(_IMAGES, training=training), tf.float32)
+                loss = tf.reduce_mean(tf.sin(rows))
+            return [rows, *tape.gradient(loss, [v.value for v in layer.trainable_variables])]
+
+        operations = step.get_concrete_function().graph.get_operations()
+        return {each.get_attr("T") for each in operations if each.type.startswith("Conv2D")}, step()
+
+    _, expected = traced(exact, training=True)
+    dtypes, in_half = traced(stem, training=True)
+    assert dtypes == {half}
+    with using(Implementations(convolution="float32")):
+        dtypes, found = traced(stem, training=True)
+        assert dtypes == {tf.float32}
+        assert traced(stem, training=False)[0] == {half}, "only the gradients are slow"
+    for correct, other, mine in zip(expected, in_half, found, strict=True):
+        assert mine.dtype == correct.dtype
+        error, that_of_half = (np.linalg.norm(each - correct) / np.linalg.norm(correct) for each in (mine, other))
+        assert error < 1.5 * that_of_half
+
+
+def test_the_choice_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_16_bit_kernels", lambda: False)
+    assert implementations() == Implementations(convolution="float32")
+    monkeypatch.setattr(module, "_device", lambda: "gpu")
+    assert implementations() == Implementations()
 
 
 def test_the_choice_follows_backend_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
