@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras
+import mlflow.keras
 import numpy as np
 import pytest
 from image_models import LABEL_NAMES, register_perceiver, save_model, save_perceiver
+from mlflow.models import infer_signature
 from PIL import Image
 
 from perceiver import presets
@@ -137,6 +139,26 @@ def test_images_are_fitted_as_in_the_training_of_the_model(tmp_path: Path) -> No
     save_model(tmp_path / "of one size", image_shape=(8, 8, 3))
     with pytest.raises(ValueError, match=r"takes images \(8, 8, 3\), .* has \(8, 40, 3\): give --data.image-size"):
         evaluate_version(Options(str(tmp_path / "of one size"), data=data))
+
+
+def test_a_model_without_a_softmax_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", {3: LABEL_NAMES[0], 7: LABEL_NAMES[1]})
+    data = DatasetConfig(source="files", path=str(tmp_path / "images"), image_size=8, channels=3)
+    images = keras.Input((8, 8, 3), dtype="uint8")
+    model = keras.Model(images, keras.layers.Dense(len(LABEL_NAMES))(keras.layers.Flatten()(images)))
+    example = np.zeros((1, 8, 8, 3), np.uint8)
+    mlflow.keras.save_model(
+        model,
+        str(tmp_path / "model"),
+        save_exported_model=True,
+        signature=infer_signature(example, np.zeros((1, 3), np.float32)),
+        pip_requirements=["keras", "mlflow"],
+        metadata={"label_names": LABEL_NAMES},
+    )
+    with pytest.raises(
+        ValueError, match=r"/model': gives numbers that are no probabilities: .*end the model in a soft"
+    ):
+        evaluate_version(Options(str(tmp_path / "model"), data=data))
 
 
 def test_what_the_rounding_of_probabilities_has_taken_is_null() -> None:

@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,11 @@ import pyarrow.parquet as pq
 
 from pipeline.data.image_files import Part, read_part
 from pipeline.devices import memory_errors, multiply_on_gpu, require_gpu, set_up_tensorflow, used_device
+from pipeline.inference.claim import DIGEST_KEY, check_claim, check_part, digest_of, file_name
 from pipeline.registry.fetch import RegisteredModel
 from pipeline.storage import Storage
 
-PART_PREFIX = "part-"
 NOT_FINITE = "the model gives it no finite probabilities"
-
-
-def file_name(part: int) -> str:
-    """Name of the file with the results of a part."""
-    return f"{PART_PREFIX}{part:06d}.parquet"
 
 
 def read(batch: dict[str, np.ndarray], **arguments: Any) -> pa.Table:
@@ -68,15 +63,23 @@ class Classifier:
         threads: Number of threads for TensorFlow.
         batch_size: Number of images in one call of the model.
         use_gpu: Whether to insist on a GPU.
+        job: The job that the output has to be claimed for; None if nobody else writes there.
 
     Of an error in a constructor Ray passes on the text alone, with a traceback. So what fails here is raised by the
     first call.
     """
 
     def __init__(
-        self, files: dict[str, bytes], source: str, output: Storage, threads: int, batch_size: int, use_gpu: bool
+        self,
+        files: dict[str, bytes],
+        source: str,
+        output: Storage,
+        threads: int,
+        batch_size: int,
+        use_gpu: bool,
+        job: Mapping[str, Any] | None = None,
     ) -> None:
-        self._output, self._batch_size = output, batch_size
+        self._output, self._batch_size, self._job = output, batch_size, job
         self._remedy = f"give fewer images at a time than --batch-size {batch_size}"
         self._turn = threading.Lock()
         self._error: Exception | None = None
@@ -113,6 +116,7 @@ class Classifier:
             is the name of the device.
 
         Raises:
+            ValueError: If the model gives no probabilities, or another job has claimed the output.
             GpuError: If TensorFlow cannot compute on the GPU that was asked for.
             OutOfMemoryError: If the device has too little memory for the model or a batch.
         """
@@ -142,6 +146,9 @@ class Classifier:
                 "error": errors,
             }
         )
+        if self._job is not None:
+            check_claim(self._output, self._job)
+            result = result.replace_schema_metadata({DIGEST_KEY: digest_of(self._job)})
         sink = pa.BufferOutputStream()
         pq.write_table(result, sink, compression="zstd")
         # The write is atomic: if the file exists, the part is done.
@@ -150,12 +157,17 @@ class Classifier:
         return pa.table(counts | {"began": [began], "ended": [time.time()], "device": [self._device]})
 
 
-def count_errors(output: Storage, parts: Iterable[int]) -> int:
-    """Number of images with an error in the results of `parts`, from the statistics in the Parquet files."""
+def count_errors(output: Storage, job: Mapping[str, Any], parts: Iterable[int]) -> int:
+    """Number of images with an error in the results of `parts`, from the statistics in the Parquet files.
+
+    Raises:
+        ValueError: If one of them is of another job.
+    """
     count = 0
     for part in parts:
         with output.filesystem.open_input_file(output.fs_path(file_name(part))) as file:
             metadata = pq.ParquetFile(file).metadata
+            check_part(output, job, file_name(part), metadata.metadata)
             column = metadata.schema.names.index("error")
             groups = (metadata.row_group(i).column(column) for i in range(metadata.num_row_groups))
             count += sum(group.num_values - group.statistics.null_count for group in groups)

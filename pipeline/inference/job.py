@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import os
@@ -24,7 +23,8 @@ from pipeline.data.image_decoding import Resize
 from pipeline.data.image_files import ImageInput, Part, check_input, list_parts
 from pipeline.data.ray_rows import own_errors
 from pipeline.devices import DeviceError, mention_unused_gpus, require_gpu_in_cluster
-from pipeline.inference.classifier import PART_PREFIX, Classifier, count_errors, file_name, read
+from pipeline.inference.claim import DONE_FILE, JOB_FILE, PART_PREFIX, check_claim, claim, file_name
+from pipeline.inference.classifier import Classifier, count_errors, read
 from pipeline.inference.config import PredictOptions
 from pipeline.registry.fetch import RegisteredModel, fetch
 from pipeline.storage import Storage, open_storage
@@ -32,7 +32,6 @@ from pipeline.workflow.cluster import join_or_start
 from pipeline.workflow.nodes import check_file, check_nodes
 
 WAIT_SECONDS = 30.0
-JOB_FILE, DONE_FILE = "_job.json", "_done.json"
 READER_CPUS = 0.1
 """CPUs of a task that reads a part; low, so that readers can run next to actors that take all other CPUs."""
 PACKAGES = ("keras", "tensorflow", "ray", "numpy", "pyarrow", "pillow")
@@ -55,8 +54,8 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError: If the model or the input cannot be used, the input changes while it is read, the output holds
-            results of another job, a node of the cluster does not see the input or the output, or none has room for a
-            process that classifies.
+            results of another job or another one takes it, a node of the cluster does not see the input or the output,
+            or none has room for a process that classifies.
         DeviceError: If a process cannot compute on the GPU that was asked for, or its memory does not suffice.
     """
     progress = _JobProgress(console)
@@ -65,8 +64,9 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = fetch(options.model, options.tracking_uri, Path(folder), options.trust)
         check_input(source, model.image_shape)
+        job = _job(options, model, source)
         try:
-            _claim(output, _job(options, model, source))
+            claim(output, job)
         except OSError as error:
             raise ValueError(f"output = {options.output!r} cannot be read and written: {error}") from error
         present = set(output.list(""))
@@ -83,15 +83,16 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
             else:
                 mention_unused_gpus("use_gpu", console.print)
             with progress.waiting(f"a process with {_needs(options)}"):
-                for finished in _predictions(options, model, source, output, todo):
+                for finished in _predictions(options, model, source, output, job, todo):
                     progress.add(finished)
             remedy = "rows may be lost or of both versions, so give the command again with another output"
             check_unchanged(options.input, "input", source.files, remedy)
     done = {
         "parts": len(source.parts),
         "rows": source.num_rows,
-        "errors": count_errors(output, (part.number for part in source.parts)),
+        "errors": count_errors(output, job, (part.number for part in source.parts)),
     }
+    check_claim(output, job)
     output.write_json(DONE_FILE, done)
     for name in output.list(""):
         # From processes that were killed while writing; other files are somebody's.
@@ -102,7 +103,12 @@ def predict(options: PredictOptions, console: Console) -> dict[str, Any]:
 
 
 def _predictions(
-    options: PredictOptions, model: RegisteredModel, source: ImageInput, output: Storage, todo: list[Part]
+    options: PredictOptions,
+    model: RegisteredModel,
+    source: ImageInput,
+    output: Storage,
+    job: dict[str, Any],
+    todo: list[Part],
 ) -> Iterator[dict[str, Any]]:
     """Classifies the parts `todo`; yields the row that `Classifier` returns for each part, once it is written."""
     paths = [path for path in model.folder.rglob("*") if path.is_file()]
@@ -140,6 +146,7 @@ def _predictions(
             "files": files,
             "source": model.uri,
             "output": output,
+            "job": job,
             "threads": max(1, int(options.cpus_per_actor)),
             "batch_size": options.batch_size,
             "use_gpu": options.use_gpu,
@@ -196,36 +203,6 @@ def _job(options: PredictOptions, model: RegisteredModel, source: ImageInput) ->
 def _policy(options: PredictOptions, model: RegisteredModel) -> Resize | None:
     """How images of another size are fitted; None refuses them."""
     return model.resize or ("stretch" if options.resize else None)
-
-
-def _claim(output: Storage, job: dict[str, Any]) -> None:
-    """Marks the output as that of `job`.
-
-    Raises:
-        ValueError: If the output belongs to another job, or holds other files.
-    """
-    if not output.exists(JOB_FILE):
-        if output.list(""):
-            raise ValueError(
-                f"output = {output.uri!r} is not empty and has no results of this command: give another folder"
-            )
-        output.write_json(JOB_FILE, job)
-        return
-    try:
-        before = output.read_json(JOB_FILE)
-    except ValueError:
-        before = None
-    if not isinstance(before, dict) or before.keys() != job.keys():
-        raise ValueError(f"output = {output.uri!r}: {JOB_FILE} is not of this command: give another folder")
-    if not any(name.startswith(PART_PREFIX) for name in output.list("")):
-        output.write_json(JOB_FILE, job)  # the job before this one has left no results
-        return
-    if different := [name for name in job if job[name] != before[name]]:
-        name = different[0]
-        raise ValueError(
-            f"output = {output.uri!r} holds results of another {name}: {json.dumps(before[name])}, not "
-            f"{json.dumps(job[name])}: give another folder, or delete this one"
-        )
 
 
 class _JobProgress:

@@ -10,6 +10,7 @@ import numpy as np
 from mlflow.models import Model
 
 from pipeline.contact import check_path
+from pipeline.registry.probabilities import checked
 from pipeline.registry.versions import has_file
 from pipeline.tracking.artifacts import download
 from pipeline.tracking.errors import TrackingError, is_transient
@@ -67,15 +68,19 @@ class RegisteredModel:
             _check_kind(model, uri)
         metadata: Mapping[str, object] = model.metadata or {}
         names = metadata.get("label_names")
-        inputs = model.signature.inputs.inputs if model.signature is not None else []
+        schema = model.signature.inputs if model.signature is not None else None
+        inputs = schema.inputs if schema is not None else []
         shape = tuple(getattr(inputs[0], "shape", ())) if len(inputs) == 1 else ()
         # Names that are lists of lists of ... of one another would take for ever to write down.
         are_names = isinstance(names, list) and all(isinstance(name, str | int) for name in names)
         is_shape = len(shape) == 4 and all(isinstance(size, int) and size > 0 for size in shape[1:])
         if not are_names or not is_shape or inputs[0].type != np.uint8:
+            takes = f"the inputs {str(inputs)[:300]}" if inputs else "no inputs"
+            named = "" if are_names else "no " if names is None else f"{type(names).__name__}, not a list of names, as "
             raise ValueError(
-                f"model = {uri!r} does not take one array of uint8 images (N, H, W, C), or has no label_names in its "
-                "metadata: it was not registered by this pipeline"
+                f"model = {uri!r} has {takes} in its signature and {named}label_names in its metadata: log it with a "
+                "signature of one uint8 array (-1, H, W, C), with numbers for H, W and C, and with the names of its "
+                "classes as the list label_names in its metadata"
             )
         assert isinstance(names, list)
         decoding = metadata.get("decoding")
@@ -83,10 +88,14 @@ class RegisteredModel:
         return cls(uri, folder, str(model.model_uuid), shape[1:], tuple(map(str, names)), resize)
 
     def load(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Loads the classifier, and TensorFlow: images, uint8 (N, H, W, C), to probabilities, float32 (N, K)."""
+        """Loads the classifier, and TensorFlow: images, uint8 (N, H, W, C), to probabilities, float32 (N, K).
+
+        Each call of the classifier raises a ValueError if what the model gives is none, as `checked` says.
+        """
         import mlflow.pyfunc
 
-        return mlflow.pyfunc.load_model(str(self.folder)).predict
+        predict = mlflow.pyfunc.load_model(str(self.folder)).predict
+        return lambda images: checked(predict(images), len(images), len(self.label_names), self.uri)
 
 
 def _check_kind(model: Model, uri: str) -> None:

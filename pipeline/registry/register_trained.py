@@ -123,6 +123,7 @@ def _register(
         ),
         label_names=data["label_names"],
         promotion=promotion,
+        digest=trained.trained["model"]["sha256"],
         champion=destination.alias,
         tags={
             "dataset.sha256": data["digest"],

@@ -7,39 +7,35 @@ register at the same time agree on the champion without a lock, which a tracking
    champion at that time (`promotion.incumbent`).
 2. Each pipeline decides among all versions since that one, sets the alias, and looks again, until nothing changes.
 
-A pipeline that sets the alias from an outdated view therefore sees the change afterwards, and corrects the alias.
+A pipeline that sets the alias from an outdated view therefore sees the change afterwards, and corrects the alias. A
+version that is undecided for long was abandoned: the next pipeline decides it too, from the present champion on.
 """
 
 import functools
-import io
 import json
-import zipfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model
 
 from pipeline.registry.config import PromotionConfig
+from pipeline.registry.evidence import ROWS_FILE, TEST_DIGEST, NoEvidence, read_evidence, tags_of, write_rows
 from pipeline.registry.promotion import Candidate, Evidence, decide
+from pipeline.registry.tags import ALIAS, EVIDENCE, INCUMBENT, MODEL_DIGEST, REASON, SINCE, STATE, names_tag
 from pipeline.tracking.artifacts import TRANSFER_SECONDS, download, list_files, within
 from pipeline.tracking.errors import TrackingError
 from pipeline.tracking.tracker import IDENTITY_TAG, Tracker
 
 CHALLENGER = "challenger"
-# Files of a version in addition to those that MLflow writes.
-ROWS_FILE, RETRAIN_FILE, CARD_FILE = "evaluation/test_rows.npz", "retrain/model.keras", "README.md"
-# Tags of a version.
-STATE, REASON, SINCE, INCUMBENT = (f"promotion.{name}" for name in ("state", "reason", "since", "incumbent"))
-ALIAS = "promotion.alias"  # the alias for which a version was decided; earlier versions have no such tag
-EVIDENCE = "promotion.evidence"  # says what is wrong with the evidence of a version
-TEST_DIGEST, CALIBRATION_ERROR, LATENCY = "test.sha256", "test.calibration_error", "latency_ms"
-MOST_TAG_BYTES = 60_000
-"""Of a tag: MLflow takes 100,000 characters, and MySQL 65,535 bytes."""
+# Files of a version in addition to those that MLflow writes and to `ROWS_FILE`.
+RETRAIN_FILE, CARD_FILE = "retrain/model.keras", "README.md"
 OPEN = "open"  # state of a version that is not decided yet
+ABANDONED_SECONDS = 3600.0
+"""Age from which the pipeline of an undecided version counts as killed; if it goes on, it takes what was decided."""
 # Each turn but the last follows a change by another pipeline, and so many do not register at once.
 MAX_TURNS = 50
 
@@ -54,6 +50,7 @@ def register(
     evidence: Evidence,
     label_names: Sequence[str],
     promotion: PromotionConfig,
+    digest: str | None = None,
     champion: str = "champion",
     tags: Mapping[str, str] | None = None,
     description: str = "",
@@ -62,10 +59,11 @@ def register(
 
     Args:
         name: Name of the registered model, which is created if it does not exist.
-        identity: Unique id of the version; a call with the same identity continues an earlier one.
+        identity: Unique id of the version; a call with the same identity and digest continues an earlier one.
         run_id: The run whose output the model is.
         export: Writes the files of the model into an empty folder; its second argument is MLflow's metadata.
         label_names: Names of the classes, in order.
+        digest: SHA-256 of the file that was trained, if it is known. Another file than before gets its own version.
         champion: Alias of the best version.
         tags: Further tags of the version.
         description: Description of the version.
@@ -75,7 +73,9 @@ def register(
         alias), `uri` (`models:/<name>/<version>`), `model_id` and the `reason` of the decision.
     """
     registry = _Registry(tracker, name, champion)
-    model = registry.find_or_create_model(identity, run_id)
+    identity = registry.identity_of(identity, digest)
+    known = {} if digest is None else {MODEL_DIGEST: digest}
+    model = registry.find_or_create_model(identity, run_id, known)
     # The files of a model that was registered before may be gone since.
     if model.status != LoggedModelStatus.READY or not has_file(model.artifact_location, "MLmodel", tracker.uri):
         registry.upload(model, run_id, export, evidence)
@@ -83,7 +83,7 @@ def register(
         model,
         identity,
         run_id,
-        {**(tags or {}), **_evidence_tags(evidence), "label_names": _names_tag(label_names)},
+        {**(tags or {}), **tags_of(evidence), **known, "label_names": names_tag(label_names)},
         description,
     )
     alias, reason = registry.settle(version, promotion)
@@ -110,20 +110,34 @@ class _Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def find_or_create_model(self, identity: str, run_id: str) -> LoggedModel:
-        """The one logged model with this identity, an output of the run. It is PENDING until its files are complete."""
+    def identity_of(self, identity: str, digest: str | None) -> str:
+        """`identity`, or one for the digest alone if a model with another digest was registered under it.
+
+        What has no digest was registered by an earlier version of this project, and is taken as it is.
+        """
+        found = (self._find_model(identity), self._find_version(identity))
+        digests = {each.tags[MODEL_DIGEST] for each in found if each is not None and MODEL_DIGEST in each.tags}
+        return f"{identity}/{digest[:12]}" if digest is not None and digests - {digest} else identity
+
+    def find_or_create_model(self, identity: str, run_id: str, tags: Mapping[str, str]) -> LoggedModel:
+        """The one logged model with this identity, an output of the run; `tags` are those of a new one.
+
+        It is PENDING until its files are complete.
+        """
         client, tracker = self._client, self._tracker
         with tracker.exclusive():
-            models = client.search_logged_models([tracker.experiment_id], f"tags.`{IDENTITY_TAG}` = '{identity}'")
-            if models:
-                model = models[0]
-            else:
-                tags = {IDENTITY_TAG: identity}
+            model = self._find_model(identity)
+            if model is None:
+                tags = {**tags, IDENTITY_TAG: identity}
                 model = client.create_logged_model(tracker.experiment_id, self._name, source_run_id=run_id, tags=tags)
         outputs = client.get_run(run_id).outputs
         if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else [])):
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model
+
+    def _find_model(self, identity: str) -> LoggedModel | None:
+        condition = f"tags.`{IDENTITY_TAG}` = '{identity}'"
+        return next(iter(self._client.search_logged_models([self._tracker.experiment_id], condition)), None)
 
     def upload(
         self, model: LoggedModel, run_id: str, export: Callable[[Path, Model], None], evidence: Evidence
@@ -135,8 +149,7 @@ class _Registry:
                 artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
             )
             export(folder, metadata)
-            (folder / ROWS_FILE).parent.mkdir()
-            np.savez_compressed(folder / ROWS_FILE, row_ids=evidence.row_ids, hits=evidence.hits)
+            write_rows(evidence, folder)
             upload = functools.partial(self._client.log_model_artifacts, model.model_id, local)
             within(TRANSFER_SECONDS, upload, f"the artifact store {model.artifact_location}")
         self._client.finalize_logged_model(model.model_id, "READY")
@@ -162,7 +175,7 @@ class _Registry:
     ) -> ModelVersion:
         """Creates the version together with all its tags, so that no version exists without them."""
         versions = self._versions()
-        undecided = {number: version for number, version in versions.items() if version.tags.get(STATE) == OPEN}
+        undecided = {key: v for key, v in versions.items() if v.tags.get(STATE) == OPEN and not _is_abandoned(v)}
         since = min(undecided, default=max(versions, default=0) + 1)
         # While others are undecided, one of them may hold the alias temporarily.
         incumbent = undecided[since].tags[INCUMBENT] if undecided else str(self._holder(self._champion))
@@ -179,7 +192,8 @@ class _Registry:
     def settle(self, version: ModelVersion, config: PromotionConfig) -> tuple[str, str]:
         """Sets the alias by the rules; returns the alias that the version got, and the reason.
 
-        A version that was decided for another alias is decided anew, or a ValueError if its evidence is gone since.
+        Versions that were abandoned are decided too. A version that was decided for another alias is decided
+        anew, or a ValueError if its evidence is gone since.
         """
         client, name, number = self._client, self._name, int(version.version)
         tags = client.get_model_version(name, version.version).tags
@@ -189,12 +203,14 @@ class _Registry:
             client.set_registered_model_alias(name, CHALLENGER, version.version)
         since = int(tags[SINCE])
         candidates: dict[int, Candidate | None] = {}
+        reasons: dict[int, str] = {}
         for _ in range(MAX_TURNS):
             holder = self._holder(self._champion)
             versions = self._versions()
             # A holder from before `since` was the champion before, or a person has set the alias.
             base = holder if holder is not None and holder < since else _number(tags[INCUMBENT])
-            wanted = {key for key in versions if key >= since} | ({base} if base in versions else set())
+            abandoned = {key for key, each in versions.items() if _is_abandoned(each)} - {number}
+            wanted = {key for key in versions if key >= since} | abandoned | ({base} if base in versions else set())
             for key in wanted - candidates.keys():
                 candidates[key] = self._candidate(versions[key])
             if candidates[number] is None:
@@ -203,24 +219,31 @@ class _Registry:
             incumbent = (candidates[base] or base) if base in versions else None
             decision = decide(incumbent, contenders, config)
             winner = decision.champion
+            reasons |= decision.reasons
             if winner == holder:
                 break
             client.set_registered_model_alias(name, self._champion, str(winner))
-            if versions[winner].tags.get(STATE) == CHALLENGER:  # it was decided before other versions were seen
-                self._close(winner, self._champion, decision.reasons[winner])
+            # It was decided before other versions were seen. What was said of the incumbent stays.
+            if versions[winner].tags.get(STATE) == CHALLENGER and winner in decision.reasons:
+                self._close(winner, self._champion, reasons[winner])
         state = self._champion if winner == number else CHALLENGER
         if state == CHALLENGER:
             client.set_registered_model_alias(name, CHALLENGER, version.version)
         elif self._holder(CHALLENGER) == number:
             client.delete_registered_model_alias(name, CHALLENGER)
-        self._close(number, state, decision.reasons[number])
-        return state, decision.reasons[number]
+        self._close(number, state, reasons[number])
+        for key in abandoned:
+            # What was compared with the others and has no reason is the incumbent: its pipeline had set the alias.
+            held = key == winner or (key not in reasons and candidates[key] is not None)
+            default = "it had the alias before" if held else f"{ROWS_FILE} is gone"
+            self._close(key, self._champion if held else CHALLENGER, reasons.get(key, default))
+        return state, reasons[number]
 
     def _candidate(self, version: ModelVersion) -> Candidate | None:
         """A version with its evidence; one whose evidence is gone has none, and gets a tag that says so."""
         try:
             return _read_candidate(version, self._tracker.uri)
-        except _NoEvidence as error:
+        except NoEvidence as error:
             self._client.set_model_version_tag(self._name, version.version, EVIDENCE, str(error))
             return None
 
@@ -248,52 +271,24 @@ def has_file(artifacts: str, file: str, tracking_uri: str) -> bool:
     return any(path.rpartition("/")[2] == name for path in list_files(folder, tracking_uri))
 
 
-def _names_tag(label_names: Sequence[str]) -> str:
-    """The names of the classes as JSON; of more than MLflow takes, how many there are and where they stand."""
-    names = json.dumps(list(label_names), ensure_ascii=False)
-    if len(names.encode()) <= MOST_TAG_BYTES:
-        return names
-    return f"{len(label_names)} names, which the metadata of the model have"
-
-
-def _evidence_tags(evidence: Evidence) -> dict[str, str]:
-    return {
-        TEST_DIGEST: evidence.test_digest,
-        CALIBRATION_ERROR: repr(float(evidence.calibration_error)),
-        LATENCY: repr(float(evidence.latency_ms)),
-    }
-
-
-class _NoEvidence(Exception):
-    """The test predictions of a version are gone or cannot be read."""
+def _is_abandoned(version: ModelVersion) -> bool:
+    age = time.time() - version.creation_timestamp / 1000
+    return version.tags.get(STATE) == OPEN and age > ABANDONED_SECONDS
 
 
 def _read_candidate(version: ModelVersion, tracking_uri: str) -> Candidate | None:
     """A version with its evidence; None if it has none, because it was not registered by this module.
 
     Raises:
-        _NoEvidence: If it had some, and its file is gone or damaged.
+        NoEvidence: If it had some, and its file is gone or damaged.
     """
     if TEST_DIGEST not in version.tags or SINCE not in version.tags:
         return None
     if not has_file(str(version.source), ROWS_FILE, tracking_uri):
-        raise _NoEvidence(f"{ROWS_FILE} is gone")
+        raise NoEvidence(f"{ROWS_FILE} is gone")
     with TemporaryDirectory() as folder:
         path = download(f"{version.source}/{ROWS_FILE}", tracking_uri, folder)
-        try:
-            # From memory, since NumPy leaves a file open whose zip is damaged.
-            with np.load(io.BytesIO(path.read_bytes())) as rows:
-                row_ids, hits = rows["row_ids"], rows["hits"]
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise _NoEvidence(f"{ROWS_FILE} cannot be read: {error}") from error
-    evidence = Evidence(
-        test_digest=version.tags[TEST_DIGEST],
-        row_ids=row_ids,
-        hits=hits,
-        calibration_error=float(version.tags[CALIBRATION_ERROR]),
-        latency_ms=float(version.tags[LATENCY]),
-    )
-    return Candidate(int(version.version), evidence)
+        return Candidate(int(version.version), read_evidence(version.tags, path))
 
 
 def _number(version: str | int | None) -> int | None:

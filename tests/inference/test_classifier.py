@@ -5,13 +5,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from image_models import IMAGE_SHAPE, LABEL_NAMES
 
-from pipeline.inference.classifier import Classifier, file_name, packed
+from pipeline.inference.claim import DIGEST_KEY, claim, digest_of, file_name
+from pipeline.inference.classifier import Classifier, count_errors, packed
 from pipeline.storage import Storage
 
 PARTS = 4
@@ -44,11 +47,11 @@ def part(number: int) -> pa.Table:
     return packed(pa.table({"image": images, **rest}))
 
 
-def actor(apply: Callable[[np.ndarray], np.ndarray], storage: Storage) -> Classifier:
+def actor(apply: Callable[[np.ndarray], np.ndarray], storage: Storage, job: dict[str, Any] | None = None) -> Classifier:
     """An actor whose model is `apply`; the load of a real one is tested with Ray."""
     made = Classifier.__new__(Classifier)
     vars(made).update(_apply=apply, _names=LABEL_NAMES, _remedy="", _output=storage, _batch_size=8)
-    vars(made).update(_device="none", _turn=threading.Lock(), _error=None)
+    vars(made).update(_device="none", _turn=threading.Lock(), _error=None, _job=job)
     return made
 
 
@@ -84,3 +87,36 @@ def test_a_part_is_classified_while_another_is_written(tmp_path: Path) -> None:
         assert written["row_id"].to_pylist() == list(range(4 * number, 4 * number + 4))
         assert set(written["class_index"].to_pylist()) == {1}
         assert (tmp_path / file_name(number)).stat().st_mtime <= row["ended"][0].as_py(), "counted when it is written"
+
+
+def middle(images: np.ndarray) -> np.ndarray:
+    return np.tile(np.eye(len(LABEL_NAMES), dtype=np.float32)[1], (len(images), 1))
+
+
+def test_of_two_jobs_that_claim_an_output_at_once_one_writes(tmp_path: Path) -> None:
+    """Both found it empty; the second then overwrites the mark of the first, which had written nothing."""
+    storage, (first, second) = Storage(str(tmp_path)), ({"model": {"uri": f"models:/m/{n}"}} for n in (1, 2))
+    claim(storage, first)
+    claim(storage, second)
+    with pytest.raises(ValueError, match=rf"^output = '{tmp_path}': another job has begun to write there: give the"):
+        actor(middle, storage, first)(part(0))
+    assert not (tmp_path / file_name(0)).exists()
+    actor(middle, storage, second)(part(0))
+    assert pq.read_metadata(tmp_path / file_name(0)).metadata[DIGEST_KEY] == digest_of(second)
+    assert count_errors(storage, second, [0]) == 0
+    (tmp_path / "_job.json").unlink()
+    with pytest.raises(ValueError, match=r"_job\.json is gone or cannot be read: give the command again with another"):
+        actor(middle, storage, second)(part(1))
+
+
+def test_a_part_of_another_job_is_found_at_the_end(tmp_path: Path) -> None:
+    storage, (first, second) = Storage(str(tmp_path)), ({"model": {"uri": f"models:/m/{n}"}} for n in (1, 2))
+    claim(storage, first)
+    actor(middle, storage, first)(part(1))
+    storage.write_json("_job.json", second)  # it had looked for parts before
+    actor(middle, storage, second)(part(0))
+    message = rf"^output = '{tmp_path}': another job, which began at the same time, wrote part-000001\.parquet: give"
+    with pytest.raises(ValueError, match=message):
+        count_errors(storage, second, [0, 1])
+    actor(middle, storage)(part(1))  # as earlier versions wrote it
+    assert count_errors(storage, second, [0, 1]) == 0

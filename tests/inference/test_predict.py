@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from pipeline import predict as command
 from pipeline.inference import job
+from pipeline.inference.claim import claim
 from pipeline.inference.config import PredictOptions
 from pipeline.inference.job import predict
 from pipeline.registry.fetch import fetch, registered_uris, resolve
@@ -111,6 +113,47 @@ def test_a_folder_of_images_by_the_registered_model(
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         predict(PredictOptions(**vars(options) | {"output": str(tmp_path / "full")}), silent())
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_model_that_gives_no_probabilities_of_its_classes_ends_the_job(
+    model_folder: tuple[Path, list[np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(model_folder[0], tmp_path / "model")
+    described = (tmp_path / "model" / "MLmodel").read_text()
+    assert "  - middle\n" in described
+    (tmp_path / "model" / "MLmodel").write_text(described.replace("  - middle\n", ""))
+    write_images(tmp_path / "images", 3, ())
+    paths = [str(tmp_path / name) for name in ("model", "images", "out")]
+    monkeypatch.setattr(sys, "argv", ["predict", *paths, "--num-actors", "1"])
+    assert command.main() == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "error" in line.lower())
+    assert line.startswith(f"error: model = '{paths[0]}': gives float32 (1, 3) for 1 image and 2 label_names: let it")
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_job_whose_output_another_job_takes_is_not_done(
+    model_folder: tuple[Path, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", 3, ())
+    options = PredictOptions(str(model_folder[0]), str(tmp_path / "images"), str(tmp_path / "output"), num_actors=1)
+    classify = job._predictions
+
+    def overtaken(*arguments: Any) -> Iterator[dict[str, Any]]:
+        mine = json.loads((tmp_path / "output" / "_job.json").read_text())
+        claim(Storage(str(tmp_path / "output")), {**mine, "model": {"uri": "another"}})
+        return classify(*arguments)
+
+    monkeypatch.setattr(job, "_predictions", overtaken)
+    with pytest.raises(ValueError, match=r"output': another job has begun to write there: give the command again with"):
+        predict(options, silent())
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["_job.json"]
 
 
 @pytest.mark.long

@@ -117,9 +117,36 @@ def test_a_description_that_is_no_classifier_is_refused(
         )
     (folder / "MLmodel").write_text(yaml.safe_dump(described))
     began = time.process_time()
-    with pytest.raises(ValueError, match=r"does not take one array of uint8|no MLmodel file that can"):
+    with pytest.raises(ValueError, match=r"log it with a signature of one uint8 array|no MLmodel file that can"):
         fetch(str(folder), None, tmp_path)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "metadata", "message"),
+    [
+        (
+            *("float32", None),
+            r"has the inputs \[Tensor\('float32', \(-1, 8, 8, 1\)\)\] in its signature and label_names in its metadata",
+        ),
+        (*("uint8", {}), r"has the inputs .*'uint8', .* and no label_names in its metadata"),
+        (*("uint8", {"label_names": "cats"}), r" and str, not a list of names, as label_names in its metadata"),
+        (*(None, None), r"has no inputs in its signature and label_names in its metadata"),
+    ],
+    ids=["floating-point images", "no names", "a text", "outputs alone"],
+)
+def test_what_a_description_lacks_is_said_with_what_was_found(
+    dtype: str | None, metadata: dict[str, Any] | None, message: str, exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "model")
+    described = yaml.safe_load((tmp_path / "model" / "MLmodel").read_text())
+    tensor = {"type": "tensor", "tensor-spec": {"dtype": dtype, "shape": [-1, 8, 8, 1]}}
+    described["signature"]["inputs"] = dtype and json.dumps([tensor])
+    described["metadata"] = described["metadata"] if metadata is None else metadata
+    (tmp_path / "model" / "MLmodel").write_text(yaml.safe_dump(described))
+    needed = r": log it with a signature of one uint8 array \(-1, H, W, C\), .* the list label_names in its metadata$"
+    with pytest.raises(ValueError, match=message + needed):
+        RegisteredModel.from_folder(tmp_path / "model", "models:/m/1")
 
 
 def nested(depth: int) -> list[Any]:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from test_versions import champion, open_tracker, register_shapes
 
+from pipeline.registry.evidence import ROWS_FILE
 from pipeline.registry.fetch import fetch, is_registered, registered_uris, resolve
-from pipeline.registry.versions import EVIDENCE, RETRAIN_FILE, ROWS_FILE
+from pipeline.registry.tags import EVIDENCE
+from pipeline.registry.versions import RETRAIN_FILE
 from pipeline.settings.presets import quickstart
 from pipeline.tasks.steps import check_initial_model
 from pipeline.tracking.tracker import Tracker

@@ -10,6 +10,7 @@ import textwrap
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def name() -> str:
     return uuid.uuid4().hex
 
 
-def export(folder: Path, known: Model) -> None:
+def export(folder: Path, known: Model, hits: int) -> None:
     """Writes a model without a flavour, which is enough for the registry."""
+    known.metadata = {"hits": hits}
     known.save(str(folder / "MLmodel"))
 
 
@@ -67,17 +69,23 @@ def register_shapes(
     latency: float = 5,
     label_names: Sequence[str] = ("circle", "square"),
     alias: str = "champion",
+    promotion: PromotionConfig = LIMITS,
+    trained: str | None = None,
 ) -> dict[str, str]:
-    """Registers a model that classifies the first `hits` of 1,000 rows correctly."""
+    """Registers a model that classifies the first `hits` of 1,000 rows correctly; `trained` is the digest of its file.
+
+    The description of the model has the hits as its metadata.
+    """
     return register(
         tracker,
         name=name,
         identity=f"{name}/{identity}",
         run_id=tracker.find_or_create_run("register", f"{name}/{identity}"),
-        export=export,
+        export=partial(export, hits=hits),
         evidence=Evidence(digest, np.arange(ROWS), np.arange(ROWS) < hits, error, latency),
         label_names=label_names,
-        promotion=LIMITS,
+        promotion=promotion,
+        digest=trained,
         champion=alias,
         tags={"dataset.sha256": "a" * 64},
         description="Shapes.",
