@@ -4,16 +4,17 @@
 only. Ray and TensorFlow are imported when a training begins.
 """
 
+import contextlib
 import inspect
 import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline.command import run_command, say_error, set_environment
 from pipeline.settings.command_line import Options, parse
 from pipeline.settings.config import PipelineConfig
-from pipeline.training.own_model import OwnModel
+from pipeline.training.own_model import OwnModel, SealedBuilder
 
 if TYPE_CHECKING:
     from pipeline.workflow.lease import Claim
@@ -94,10 +95,12 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     set_environment()  # before Ray is imported
     from rich.markup import escape
 
+    from pipeline.driver.hang_up import outlive_terminal
     from pipeline.driver.progress import Progress
     from pipeline.driver.resources import connect
     from pipeline.driver.window import check_window
     from pipeline.storage import open_storage
+    from pipeline.tasks.new_process import new_word
     from pipeline.tasks.own_model import own_model_tasks
     from pipeline.workflow.lease import Lease
     from pipeline.workflow.run import Run
@@ -105,9 +108,10 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     from pipeline.workflow.task import TaskFailed
 
     check_window(config)
-    run = Run(own_model_tasks(model), config, open_storage(config.storage))
+    word = new_word()
+    run = Run(own_model_tasks(model, word), config, open_storage(config.storage))
     told: set[tuple[str, int]] = set()
-    with Progress(config) as progress:
+    with Progress(config) as progress, contextlib.ExitStack() as ended:
 
         def waiting(key: str, claim: "Claim") -> None:
             if (claim.host, claim.pid) not in told:
@@ -116,11 +120,13 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
 
         manifests = run.done()
         if len(manifests) < len(run.tasks):
+            run.record_keys()  # before the claim, whose inputs `clean` looks up there
             with Lease(run.storage, [run.key, run.keys["train"]], waiting) as lease:
                 manifests = run.done()  # another process may have done some meanwhile
                 progress.cached(manifests)
-                connect(config, run.storage, progress.say)
-                _check_workers_have(model, progress.say)
+                if connect(config, run.storage, progress.say):
+                    ended.callback(outlive_terminal(progress))
+                _check_workers_have(model, word, progress.say)
                 with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
                     try:
                         manifests = run_tasks(run, run.tasks, stop, [progress], lease.check, progress.say)
@@ -133,42 +139,42 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     return {name: manifests[name]["output"] for name in ("train", "evaluate")}
 
 
-def _check_workers_have(model: OwnModel, say: Callable[[str], None] = lambda text: None) -> None:
+def _check_workers_have(model: OwnModel, word: str, say: Callable[[str], None] = lambda text: None) -> None:
     """Raises a ValueError if what builds `model` cannot be sent to Ray's workers, is not there, or is another there."""
-    from ray import cloudpickle
-
+    from pipeline.tasks.own_model import sealed
     from pipeline.workflow.nodes import ask_every_node
 
-    try:
-        pickled = cloudpickle.dumps(model)
-    except Exception as error:  # whatever the objects raise that the function uses
-        raise ValueError(
-            f"the builder {model.name} uses something that cannot be sent to Ray's workers ({error}): make it within "
-            "the function, or put the function into a module of its own"
-        ) from error
-    for node, reason in ask_every_node(why_not_loaded, pickled, model.key(), say=say):
+    key = model.key()
+    for node, reason in ask_every_node(_why_not_loaded_anew, word, sealed(model, key), say=say):
         if reason:
             raise ValueError(
                 f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's "
-                f"workers on {node}: {reason}: put its file into the folder of the script, install it on every node, "
-                "or name its folder in PYTHONPATH before Ray starts"
+                f"workers on {node}: {reason}: put its file, or its whole package, into the folder of the script, and "
+                "all that into the same folder on every node; or install it on every node, or name its folder in "
+                "PYTHONPATH before Ray starts"
             )
 
 
-def why_not_loaded(pickled: bytes, key: Mapping[str, Any]) -> str:
-    """Why this process cannot load a pickled model: its module is not here or fails, or is another one than `key` says.
+def _why_not_loaded_anew(word: str, model: OwnModel) -> str:
+    from pipeline.tasks.new_process import call_in_new_process
+
+    return str(call_in_new_process(word, why_not_loaded, model))
+
+
+def why_not_loaded(model: OwnModel) -> str:
+    """Why this process cannot load a sealed model: its module is not here or fails, or is not that of its key.
 
     Empty if it can.
     """
-    from ray import cloudpickle
-
+    builder = model.builder
+    assert isinstance(builder, SealedBuilder), "only what is sealed is sent to workers"
     try:
-        model = cloudpickle.loads(pickled)
+        opened = replace(model, builder=builder.open())
     except (ImportError, AttributeError) as error:
         return str(error)
     except (Exception, SystemExit) as error:  # the module itself runs, as one that reads a file or a command line
         return f"it ends with {type(error).__name__}: {error}"
-    # A function of the script that runs comes with the model, and has no file here.
-    if model.builder.__module__ in sys.modules.keys() - {"__main__"} and model.key() != key:
-        return f"another file is found there, {inspect.getsourcefile(model.builder)}"
-    return ""
+    if not opened.change_of(builder.key):
+        return ""
+    what = "another file is" if "package" not in builder.key else "another file, or another one of its package, is"
+    return f"{what} found there, {inspect.getsourcefile(opened.builder)}"

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import ray
-from ray import cloudpickle
 
 from pipeline.own_model import OwnModel, _check_workers_have, train_own_model, why_not_loaded
 from pipeline.settings.command_line import parse
+from pipeline.tasks.own_model import sealed
 from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -112,8 +112,8 @@ def test_a_module_that_fails_or_is_another_one_in_a_worker_is_named(
 
     written("here", "")
     model = OwnModel(importlib.import_module("of_somebody").build)
-    pickled, key = cloudpickle.dumps(model), model.key()
-    assert why_not_loaded(pickled, key) == ""
+    sent = sealed(model, model.key())
+    assert why_not_loaded(sent) == ""
     for number, (code, message) in enumerate(
         {
             "CHANNELS = 64": f"another file is found there, {tmp_path}/there0/of_somebody.py",
@@ -123,13 +123,13 @@ def test_a_module_that_fails_or_is_another_one_in_a_worker_is_named(
         }.items()
     ):
         written(f"there{number}", code)
-        assert re.match(message, why_not_loaded(pickled, key))
+        assert re.match(message, why_not_loaded(sent))
 
 
 def test_a_builder_that_cannot_be_sent_to_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locked_model, "__module__", "__main__")
     with pytest.raises(ValueError, match=r"builder locked_model uses something that cannot be sent.*lock.*: make it"):
-        _check_workers_have(OwnModel(locked_model))
+        _check_workers_have(OwnModel(locked_model), "word")
 
 
 LOCK = threading.Lock()

@@ -2,6 +2,7 @@
 
 drive.py         what the command does, and its exit code
 resources.py     whether the cluster has room for the workers and the trials
+hang_up.py       lets the driver of a run on a cluster go on when its terminal is gone
 progress.py      what a person sees while a run goes on
 trial_table.py   the table of trials of a search
 run_log.py       what is recorded of a run in MLflow

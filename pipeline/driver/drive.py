@@ -2,10 +2,7 @@
 
 import contextlib
 import json
-import os
 import signal
-import stat
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from pipeline.command import say_error
+from pipeline.driver.hang_up import outlive_terminal
 from pipeline.driver.progress import Progress, make_console
 from pipeline.driver.summary import NEWEST_REPORT, show_plan, show_summary, summarize
 from pipeline.driver.window import check_window
@@ -116,7 +114,7 @@ def execute(preset: str, options: Options, run: Run[PipelineConfig]) -> dict[str
 
             check_artifacts(config.tracking_uri, config.tracking.experiment, config.artifact_location)
         if connect(config, storage, progress.say):
-            _outlive_terminal(progress)
+            outlive_terminal(progress)
         from pipeline.driver.run_log import RunLog
 
         signals = StopOnSignal(signal.SIGTERM, signal.SIGINT)
@@ -213,28 +211,3 @@ class _Release:
     def done(self, task: str, manifest: Mapping[str, Any]) -> None:
         if task != TASKS[-1].name:  # the key of the last task stands for the run
             self._lease.release(manifest["key"])
-
-
-def _outlive_terminal(progress: Progress) -> None:
-    """Lets a run on a cluster go on when the ssh connection of its driver ends; its output then goes to a file.
-
-    What the person has sent to a file stays there, and so does all that `nohup` was given.
-    """
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        return
-
-    def hang_up(*_: object) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        streams = [stream for stream in (1, 2) if not stat.S_ISREG(os.fstat(stream).st_mode)]
-        if not streams:
-            return
-        try:
-            # In a folder to which others may write: a new file, which is no link, and which they cannot read.
-            file, _path = tempfile.mkstemp(prefix=f"perceiver-pipeline-{os.getpid()}-", suffix=".log")
-        except OSError:
-            file = os.open(os.devnull, os.O_WRONLY)  # the run goes on without its output
-        for stream in streams:
-            os.dup2(file, stream)
-        progress.hang_up()
-
-    signal.signal(signal.SIGHUP, hang_up)

@@ -1,6 +1,7 @@
 """The tasks of a training of a Keras model of one's own: those of the pipeline as far as the evaluation."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,18 @@ from pipeline.training.own_model import OwnModel
 from pipeline.workflow.task import Task
 
 
-def own_model_tasks(model: OwnModel) -> tuple[Task[PipelineConfig], ...]:
+def own_model_tasks(model: OwnModel, word: str = "") -> tuple[Task[PipelineConfig], ...]:
     """The data's tasks as for a Perceiver, so that their outputs are shared; then `train` and `evaluate` of `model`.
 
+    Args:
+        model: The model.
+        word: That of `new_process.new_word` for this call of the tasks.
+
     Raises:
-        ValueError: as `OwnModel.key`.
+        ValueError: as `OwnModel.key` and `sealed`.
     """
-    by_name, steps, key = {task.name: task for task in TASKS}, _Steps(model), model.key()
+    key = model.key()
+    by_name, steps = {task.name: task for task in TASKS}, _Steps(sealed(model, key), word)
     return (
         by_name["ingest"],
         by_name["preprocess"],
@@ -32,33 +38,54 @@ def own_model_tasks(model: OwnModel) -> tuple[Task[PipelineConfig], ...]:
     )
 
 
+def sealed(model: OwnModel, key: Mapping[str, Any]) -> OwnModel:
+    """`model` for Ray's workers; its builder is imported and compared with `key` in those that build it.
+
+    Raises:
+        ValueError: if the builder cannot be sent.
+    """
+    from ray import cloudpickle
+
+    try:
+        return model.sealed(cloudpickle.dumps(model.builder), key)
+    except Exception as error:  # whatever the objects raise that the function uses
+        raise ValueError(
+            f"the builder {model.name} uses something that cannot be sent to Ray's workers ({error}): make it within "
+            "the function, or put the function into a module of its own"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Steps:
     """What the tasks do.
 
     Attributes:
-        model: The model, without the data's shape and statistics.
+        model: The model, sealed, without the data's shape and statistics.
+        word: That of the processes that import it, besides those that train, which are always new.
     """
 
     model: OwnModel
+    word: str
 
     def train(self, context: Context) -> dict[str, Any]:
         return train_model(context, self.model.for_data(context.inputs["preprocess"]), context.config.train)
 
     def evaluate(self, context: Context) -> dict[str, Any]:
-        import keras
+        from pipeline.tasks.new_process import call_in_new_process
 
-        from pipeline.training.macs import count_macs
-        from pipeline.training.models import build_model
+        return call_in_new_process(self.word, _evaluate, self.model.for_data(context.inputs["preprocess"]), context)
 
-        own, policy = self.model.for_data(context.inputs["preprocess"]), keras.config.dtype_policy()
-        keras.config.set_dtype_policy(context.config.train.precision)
-        try:
-            # Built and given its weights: to load it, Keras would have to know the classes of its layers.
-            model = build_model(own)
-            with tempfile.TemporaryDirectory() as folder:
-                model.load_weights(fetch_model(context, folder))
-            size = {"parameters": model.count_params(), "macs_per_image": count_macs(model, own.image_shape)}
-            return evaluate_model(context, model) | size
-        finally:
-            keras.config.set_dtype_policy(policy)  # Ray uses the process again
+
+def _evaluate(own: OwnModel, context: Context) -> dict[str, Any]:
+    import keras
+
+    from pipeline.training.macs import count_macs
+    from pipeline.training.models import build_model
+
+    keras.config.set_dtype_policy(context.config.train.precision)  # nothing else is computed in this process
+    # Built and given its weights: to load it, Keras would have to know the classes of its layers.
+    model = build_model(own)
+    with tempfile.TemporaryDirectory() as folder:
+        model.load_weights(fetch_model(context, folder))
+    size = {"parameters": model.count_params(), "macs_per_image": count_macs(model, own.image_shape)}
+    return evaluate_model(context, model) | size

@@ -5,6 +5,7 @@ worker.py             `Worker`: rank, reports, stop request; imports no TensorFl
 fit.py                trains a model as one worker
 kept_models.py        models that are used again by the next training, since tracing takes seconds
 own_model.py          `OwnModel`: a Keras model of one's own in the place of a Perceiver; imports no TensorFlow
+builders.py           what makes a builder of models another one: its file, its place there, its package
 models.py             builds either
 outputs.py            whether the outputs of a model of one's own can be logits
 macs.py               counts multiply-accumulates

@@ -6,14 +6,49 @@ Imports neither TensorFlow nor Keras; the builder does, in the processes that tr
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import CodeType
 from typing import Any
+
+from pipeline.training.builders import (
+    digest_of_package,
+    folders_of_package,
+    is_installed,
+    number_among_namesakes,
+    state_of,
+)
+from pipeline.training.worker import OwnModelError
 
 OF_THE_DATA = ("image_shape", "num_classes", "pixel_mean", "pixel_std")
 """What every builder is called with."""
+_BUILT_HERE: set[tuple[bytes, str]] = set()
+"""The sealed builders, and their keys, that this process has called: all that they import is in its memory."""
+
+
+@dataclass(frozen=True)
+class SealedBuilder:
+    """A builder that is imported where it is called, and not in the processes that only hand it on.
+
+    Attributes:
+        name: Its name, for messages.
+        pickled: The builder, for `pickle.loads`.
+        key: `OwnModel.key` when the run began.
+    """
+
+    name: str
+    pickled: bytes
+    key: Mapping[str, Any]
+
+    def open(self) -> Callable[..., Any]:
+        """The builder, imported in this process."""
+        builder: Callable[..., Any] = pickle.loads(self.pickled)
+        return builder
+
+    def __call__(self, **settings: Any) -> Any:
+        return self.open()(**settings)
 
 
 @dataclass(frozen=True)
@@ -24,9 +59,10 @@ class OwnModel:
     layer needs `dtype="float32"`. BatchNormalization is made to use the moments of all workers. The optimizer takes the
     last variable named `kernel` for the classifier, unless the model has a layer `logits` as its attribute.
 
-    The file of the function is part of the key of a training: a change in it trains again. Of what the file imports
-    nothing is known; raise `version` when something there changes. What else decides the model has to be in
-    `arguments`: a builder with a state of its own has no key.
+    The file of the function is part of the key of a training, and so are the Python files of its package, if it is in
+    one that is not installed: a change in them trains again. Of what else the file imports nothing is known; raise
+    `version` when something there changes. What else decides the model has to be in `arguments`: a builder with a state
+    of its own has no key.
 
     Attributes:
         builder: A function defined with `def`, or a class. Called with `image_shape`, `num_classes`, `pixel_mean`,
@@ -60,8 +96,21 @@ class OwnModel:
         )
 
     def build(self) -> Any:
-        """What the builder returns."""
-        return self.builder(
+        """What the builder returns.
+
+        Raises:
+            OwnModelError: if it is sealed and built for the first time in this process, which imports what it needs
+                then, and its files are not those with which the run began.
+        """
+        builder = self.builder
+        if isinstance(builder, SealedBuilder):
+            model, this = replace(self, builder=builder.open()), (builder.pickled, text_of(builder.key))
+            if this not in _BUILT_HERE and (change := model.change_of(builder.key)):
+                raise OwnModelError(change)
+            built = model.build()
+            _BUILT_HERE.add(this)
+            return built
+        return builder(
             image_shape=self.image_shape,
             num_classes=self.num_classes,
             pixel_mean=self.pixel_mean,
@@ -69,29 +118,63 @@ class OwnModel:
             **self.arguments,
         )
 
+    def sealed(self, pickled: bytes, key: Mapping[str, Any]) -> "OwnModel":
+        """This model for other processes: its builder is imported and compared with `key` where it is built."""
+        return replace(self, builder=SealedBuilder(self.name, pickled, key))
+
+    def change_of(self, key: Mapping[str, Any]) -> str:
+        """What a person is told if the files of the builder are not those of `key` any more; else an empty string."""
+        if not self.has_file_here:
+            return ""
+        try:
+            # A package may be installed on one machine and not on another one.
+            same = text_of(self.key(of_package="package" in key)) == text_of(key)
+        except (ValueError, SyntaxError):  # the file has gone, or only half of it has been written yet
+            same = False
+        if same:
+            return ""
+        what = inspect.getsourcefile(self.builder) or self.name
+        if "package" in key:
+            what += f", or another file of its package {self.builder.__module__.partition('.')[0]},"
+        return (
+            f"{what} has changed since this run began: undo the change, and the same command goes on; or give the "
+            "command again as it is (in a notebook reload the module first), and it trains the changed model"
+        )
+
+    @property
+    def has_file_here(self) -> bool:
+        """Whether this process has imported the builder: one of the script that runs comes with the model instead."""
+        return self.builder.__module__ in sys.modules.keys() - {"__main__"}
+
     @property
     def name(self) -> str:
         """Name of the builder, for messages."""
+        if isinstance(self.builder, SealedBuilder):
+            return self.builder.name
         return getattr(self.builder, "__qualname__", repr(self.builder))
 
-    def key(self) -> dict[str, Any]:
+    def key(self, of_package: bool | None = None) -> dict[str, Any]:
         """What decides the model besides the data, as a part of the key of a task.
 
+        Args:
+            of_package: Whether the files of the builder's package are part of it; None: if it is not an installed one.
+
         Raises:
-            ValueError: if the builder has no source file or a state that no key holds, or if JSON cannot hold the
-                arguments or the defaults that they leave.
+            ValueError: if the builder has no source file or a state that no key holds, if JSON cannot hold the
+                arguments or the defaults that they leave, or if it is one of several classes of one name.
         """
-        if state := _state_of(self.builder):
+        if state := state_of(self.builder):
             raise ValueError(
                 f"the builder {self.name} {state}: no key tells it from another one, which would be given its result; "
                 "define a function with `def`, and pass what it needs in `arguments`"
             )
         try:
-            source = Path(inspect.getsourcefile(self.builder) or "").read_bytes()
+            file = inspect.getsourcefile(self.builder) or ""
+            source = Path(file).read_bytes()
         except (OSError, TypeError) as error:
             raise ValueError(f"the builder {self.name} has no source file: define it with `def` in a file") from error
         try:
-            arguments = json.loads(json.dumps(dict(self.arguments)))
+            arguments = {name: _as_key(value) for name, value in self.arguments.items()}
         except TypeError as error:
             raise ValueError(
                 f"arguments = {self.arguments} of the builder {self.name}: give numbers, texts and lists of them"
@@ -105,8 +188,11 @@ class OwnModel:
         # Only where there are any, so that finished runs of other builders keep their keys.
         if defaults := self._defaults():
             key["defaults"] = defaults
-        if number := _number_among_namesakes(self.builder, source):
+        if number := number_among_namesakes(self.builder, file, source):
             key["number"] = number
+        folders = folders_of_package(self.builder)
+        if folders and (not is_installed(folders) if of_package is None else of_package):
+            key["package"] = digest_of_package(folders)
         return key
 
     def _defaults(self) -> dict[str, Any]:
@@ -117,7 +203,7 @@ class OwnModel:
             if parameter.default is parameter.empty or name in OF_THE_DATA or name in self.arguments:
                 continue
             try:
-                defaults[name] = json.loads(json.dumps(parameter.default))
+                defaults[name] = _as_key(parameter.default)
             except TypeError as error:
                 raise ValueError(
                     f"the builder {self.name} has the default {name} = {parameter.default!r}, which no key holds: pass "
@@ -126,36 +212,27 @@ class OwnModel:
         return defaults
 
 
-def _state_of(builder: Callable[..., Any]) -> str:
-    """What a builder holds that is neither in its file nor among its defaults, for a message; empty if nothing."""
-    if inspect.isclass(builder):
-        # Its attributes and methods may hold whatever the function around it had.
-        return "is a class within a function, whose variables it may use" if "<locals>" in builder.__qualname__ else ""
-    if inspect.ismethod(builder):
-        return f"is bound to {builder.__self__!r}"
-    if inspect.isbuiltin(builder):
-        return ""  # it has no source file
-    if not inspect.isfunction(builder):
-        return f"is an object of {type(builder).__module__}.{type(builder).__qualname__}"
-    if builder.__code__.co_name == "<lambda>":
-        return "is a lambda, which has no name"
-    if builder.__closure__:
-        return f"uses {', '.join(builder.__code__.co_freevars)} of the function around it"
-    return ""
+def text_of(key: Mapping[str, Any]) -> str:
+    """A key as a text, which is equal for equal keys; NaN is not equal to itself."""
+    return json.dumps(key, sort_keys=True)
 
 
-def _number_among_namesakes(builder: Callable[..., Any], source: bytes) -> int:
-    """How many functions of the same qualified name are defined before the builder in its file, as with `if`."""
-    if not inspect.isfunction(builder):
-        return 0
-    own = builder.__code__
+def _as_key(value: Any) -> Any:
+    """A value as JSON that has the same text for no other value, where the keys of objects are sorted and are texts.
 
-    def functions(code: CodeType) -> Iterator[CodeType]:
-        for inner in code.co_consts:
-            if isinstance(inner, CodeType):
-                yield inner
-                yield from functions(inner)
+    An object with one key, which is a text, is left as it is; any other one becomes a list of pairs, in an object of a
+    form that cannot be meant.
 
-    whole = compile(source, own.co_filename, "exec", dont_inherit=True)
-    lines = [code.co_firstlineno for code in functions(whole) if code.co_qualname == own.co_qualname]
-    return sum(line < own.co_firstlineno for line in lines)
+    Raises:
+        TypeError: if JSON cannot hold it.
+        ValueError: if it contains itself.
+    """
+    json.dumps(value)
+    if isinstance(value, dict):
+        pairs = [[name, _as_key(inner)] for name, inner in value.items()]
+        if not pairs or (len(pairs) == 1 and isinstance(pairs[0][0], str)):
+            return dict(pairs)
+        return {"object": True, "pairs": pairs}
+    if isinstance(value, list | tuple):
+        return [_as_key(each) for each in value]
+    return json.loads(json.dumps(value))

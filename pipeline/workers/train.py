@@ -26,7 +26,7 @@ from pipeline.storage import CorruptFileError, Storage
 from pipeline.training.checkpoint_store import STATE_FILE, CheckpointStore
 from pipeline.training.config import TrainingConfig
 from pipeline.training.own_model import OwnModel
-from pipeline.training.worker import EpochEnded, Worker, val_score
+from pipeline.training.worker import EpochEnded, OwnModelError, Worker, val_score
 from pipeline.workers import environment, ray_internals, reserve
 from pipeline.workers.failures import why
 from pipeline.workers.in_process import TrainingError, train_in_process
@@ -242,11 +242,11 @@ def train_loop_per_worker(settings: dict[str, Any]) -> dict[str, Any]:
             )
         except StoppedEarly:
             preempted = is_preempted()
-        except TrainingError as failure:
-            error = str(failure)  # raising would start the workers again, only to fail again
-        except OutOfMemoryError as exhausted:
-            error = str(exhausted)
-            if num_workers > 1:
+        except (TrainingError, OutOfMemoryError) as failure:
+            error = str(failure)
+            # Of most errors all workers know; raising would start them again, only to fail again.
+            may_be_alone = isinstance(failure, OutOfMemoryError) or isinstance(failure.__cause__, OwnModelError)
+            if num_workers > 1 and may_be_alone:
                 # The others wait for this worker, so it has to raise. Those that are started again find it said.
                 settings["storage"].write_json(settings["failed"], {"error": error})
                 raise

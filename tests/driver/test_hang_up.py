@@ -11,14 +11,14 @@ import pytest
 
 SCRIPT = """
 import os, shutil, signal, sys
-from pipeline.driver.drive import _outlive_terminal
+from pipeline.driver.hang_up import outlive_terminal
 
 class Progress:
     def hang_up(self):
         print("hung up", flush=True)
 
 folder, plant = sys.argv[1:]
-_outlive_terminal(Progress())
+outlive_terminal(Progress())
 name = f"{folder}/perceiver-pipeline-{os.getpid()}.log"
 if plant == "link":
     os.symlink(f"{folder}/precious", name)

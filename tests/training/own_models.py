@@ -1,6 +1,6 @@
 """Builders of small models of one's own, for the tests."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -61,6 +61,45 @@ def within_a_function(image_shape: ImageShape, num_classes: int, **_: Any) -> ke
             return tf.cast(tf.tanh(x), tf.float32)
 
     return keras.Sequential([convolutional(image_shape, num_classes, (), ()), Bounded()])
+
+
+class Activated(layers.Layer):
+    """Has a function, of which Keras knows no name."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def call(self, x: Any) -> Any:
+        return self.function(x)
+
+
+class Sized(layers.Layer):
+    def __init__(self, settings: object) -> None:
+        super().__init__()
+
+    def call(self, x: Any) -> Any:
+        return x
+
+
+class WithoutConfig(layers.Layer):
+    def call(self, x: Any) -> Any:
+        return x
+
+    def get_config(self) -> dict[str, Any]:
+        raise RuntimeError("no config")
+
+
+def with_a_function(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, Activated(lambda x: keras.ops.maximum(x, 0)))
+
+
+def with_settings(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, Sized(object()))
+
+
+def with_a_bad_config(image_shape: ImageShape, num_classes: int, **_: Any) -> keras.Model:
+    return _small(image_shape, num_classes, WithoutConfig())
 
 
 def no_model(**_: Any) -> str:

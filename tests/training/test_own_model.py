@@ -1,9 +1,7 @@
-"""A model of one's own: what is refused, what its key covers, its multiply-accumulates, and its optimizer."""
+"""A model of one's own: what is refused, its multiply-accumulates, and its optimizer."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -17,17 +15,12 @@ from tiny_training import TRAIN
 from perceiver import Perceiver, PerceiverConfig
 from perceiver.cost import macs_per_image
 from pipeline.own_model import own_model_command
-from pipeline.settings.presets import quickstart
-from pipeline.storage import Storage
-from pipeline.tasks.graph import TASKS
-from pipeline.tasks.own_model import own_model_tasks
 from pipeline.training.config import TrainingConfig
 from pipeline.training.macs import count_macs, macs_of
 from pipeline.training.models import build_model
 from pipeline.training.optimization import optimizer
 from pipeline.training.own_model import OwnModel
 from pipeline.training.worker import OwnModelError
-from pipeline.workflow.run import Run
 
 SMALL = OwnModel(own_models.convolutional, image_shape=(8, 8, 1), num_classes=10)
 
@@ -126,6 +119,22 @@ def test_what_is_no_classifier_is_refused(builder: Callable[..., Any], message: 
         build_model(other_images)
 
 
+@pytest.mark.parametrize(
+    ("builder", "error"),
+    [
+        (own_models.with_a_function, "NotImplementedError: .*Activated"),
+        (own_models.with_settings, "NotImplementedError: .*Sized"),
+        (own_models.with_a_bad_config, "RuntimeError: no config"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_first_epoch(builder: Callable[..., Any], error: str) -> None:
+    """It failed after the last one, and with a `get_config` in the file all of them are trained again."""
+    with pytest.raises(
+        OwnModelError, match=f"{builder.__name__} cannot be saved: {error}.*: give the class of the lay"
+    ):
+        build_model(replace(SMALL, builder=builder))
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_a_softmax_is_found_in_16_bits_too(policy: str) -> None:
     before = keras.config.dtype_policy()
@@ -136,113 +145,6 @@ def test_a_softmax_is_found_in_16_bits_too(policy: str) -> None:
         build_model(SMALL)
     finally:
         keras.config.set_dtype_policy(before)
-
-
-def test_all_that_makes_another_model_makes_another_key(tmp_path: Path) -> None:
-    def keys(model: OwnModel) -> dict[str, str]:
-        return Run(own_model_tasks(model), config, storage).keys
-
-    config, storage = quickstart(), Storage(str(tmp_path))
-    others = [replace(SMALL, version=1), replace(SMALL, arguments={"channels": 5})]
-    others += [
-        replace(SMALL, builder=own_models.attending),
-        replace(SMALL, builder=_from_file(tmp_path / "one.py", "return 1")),
-    ]
-    others.append(replace(SMALL, builder=_from_file(tmp_path / "two.py", "return 2")))
-    found = [keys(model) for model in (SMALL, *others)]
-    assert len({each["train"] for each in found}) == len({each["evaluate"] for each in found}) == len(found)
-    assert keys(replace(SMALL, arguments={})) == found[0], "the same model has the same key"
-    of_the_pipeline = Run(TASKS, config, storage).keys
-    for task in ("ingest", "preprocess"):
-        assert {each[task] for each in found} == {of_the_pipeline[task]}, "the data are shared"
-    assert of_the_pipeline["train"] not in {each["train"] for each in found}
-
-
-def _from_file(script: Path, body: str) -> Callable[..., Any]:
-    script.write_text(f"def build(**_):\n    {body}\n")
-    names: dict[str, Any] = {}
-    exec(compile(script.read_text(), str(script), "exec"), names)
-    return names["build"]
-
-
-def test_defaults_are_in_the_key_and_change_none_that_has_none() -> None:
-    """The same lines give other defaults each time they run."""
-
-    def with_default(width: Any) -> OwnModel:
-        def build(image_shape: Any, num_classes: int, pixel_mean: Any, pixel_std: Any, width: Any = width) -> Any: ...
-
-        return OwnModel(build)
-
-    one, two = with_default(1).key(), with_default((2, 3)).key()
-    assert (one.pop("defaults"), two.pop("defaults")) == ({"width": 1}, {"width": [2, 3]})
-    assert one == two
-    given: dict[str, Any] = {"arguments": {"width": 4}}  # what is given is not left to the default
-    assert replace(with_default(1), **given).key() == replace(with_default(object()), **given).key() == one | given
-    assert set(one) == set(OwnModel(own_models.attending).key()) == {"builder", "source", "arguments", "version"}
-    message = r"with_default.<locals>.build has the default width = <object .*>, which no key holds: pass it in `argum"
-    with pytest.raises(ValueError, match=message):
-        with_default(object()).key()
-
-
-def test_two_functions_of_one_name_in_a_file_have_two_keys() -> None:
-    def made(deep: bool) -> OwnModel:
-        if deep:
-
-            def build(**_: Any) -> Any:
-                return "deep"
-
-        else:
-
-            def build(**_: Any) -> Any:
-                return "flat"
-
-        return OwnModel(build)
-
-    assert made(True).key() == made(True).key() == {k: v for k, v in made(False).key().items() if k != "number"}
-    assert made(False).key()["number"] == 1
-
-
-class Built:
-    def method(self, **_: Any) -> Any: ...
-
-    def __call__(self, **_: Any) -> Any: ...
-
-
-def _capturing(width: int) -> Callable[..., Any]:
-    def build(**_: Any) -> Any:
-        return width
-
-    return build
-
-
-def _class_within() -> Callable[..., Any]:
-    class Within: ...
-
-    return Within
-
-
-@pytest.mark.parametrize(
-    ("builder", "message"),
-    [
-        (_capturing(3), "the builder _capturing.<locals>.build uses width of the function around it: no key tells"),
-        (lambda **_: own_models.no_model(), "the builder <lambda> is a lambda, which has no name: no key tells"),
-        (functools.partial(own_models.convolutional, channels=3), "is an object of functools.partial: no key tells"),
-        (Built().method, r"the builder Built.method is bound to <.*Built object .*>: no key tells"),
-        (Built(), r"is an object of .*test_own_model.Built: no key tells"),
-        (_class_within(), "the builder _class_within.<locals>.Within is a class within a function, whose variables"),
-    ],
-)
-def test_a_builder_with_a_state_that_no_key_holds_is_refused(builder: Callable[..., Any], message: str) -> None:
-    """Before it is built, and before anything else is done with it."""
-    with pytest.raises(ValueError, match=message + ".*; define a function with `def`, and pass what it needs in `arg"):
-        own_model_tasks(replace(SMALL, builder=builder))
-
-
-def test_what_has_no_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="the builder print has no source file: define it with `def` in a file"):
-        OwnModel(print).key()
-    with pytest.raises(ValueError, match="give numbers, texts and lists of them"):
-        replace(SMALL, arguments={"layer": object()}).key()
 
 
 def test_muon_leaves_the_last_kernel_to_adamw() -> None:
