@@ -10,7 +10,7 @@ without XLA; with XLA, the others have not been measured there (docs/results.md)
 
 The convolutions of the stem are Keras's. In mixed precision they can be computed in float32 in training, from the same
 rounded numbers and with results that are rounded the same way. oneDNN has no kernels for their gradients in 16 bits on
-processors without AVX-512, where a step of `cifar100` in bfloat16 takes an eighth of the time this way.
+processors without AVX-512, where a step of `cifar100` in bfloat16 takes a seventh of the time this way.
 """
 
 import contextlib
