@@ -17,7 +17,7 @@ chunked_attention.py       the same in bounded memory, over chunks of the inputs
 normalization.py           LayerNorm with a backward pass of its own
 gelu.py                    GELU with a backward pass of its own
 implementations.py         which of these and of Keras's own is used, by backend and device
-processor.py               what the processor of this host is
+processor.py               name, architecture and bfloat16 kernels of this host's processor
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ from typing import Literal
 
 import keras
 
-from perceiver.processor import has_16_bit_kernels
+from perceiver.processor import has_bfloat16_kernels
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def implementations() -> Implementations:
         return _instead[-1]
     device = _device()
     chosen = chosen_for(keras.backend.backend(), device)
-    return replace(chosen, convolution="float32") if device == "cpu" and not has_16_bit_kernels() else chosen
+    return replace(chosen, convolution="float32") if device == "cpu" and not has_bfloat16_kernels() else chosen
 
 
 def chosen_for(backend: str, device: str) -> Implementations:

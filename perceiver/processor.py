@@ -1,4 +1,4 @@
-"""What the processor of this host is, as its kernel says. Imports no Keras."""
+"""The processor of this host, as its operating system describes it. Imports no Keras."""
 
 import contextlib
 import platform
@@ -8,7 +8,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def is_x86_64() -> bool:
-    """Whether it is of that kind."""
+    """Whether its architecture is x86-64."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
@@ -17,11 +17,11 @@ def cpu_name() -> str:
     return _field("model name") or platform.machine()
 
 
-def has_16_bit_kernels() -> bool:
-    """Whether oneDNN has kernels for 16-bit floats on it; True where that is not known.
+def has_bfloat16_kernels() -> bool:
+    """Whether TensorFlow uses oneDNN's kernels for bfloat16 on it; True where that is not known.
 
-    On x86-64 they need AVX-512, or AVX-NE-CONVERT, which processors have that came after it without AVX-512. Other
-    architectures have other ones.
+    On x86-64 they need AVX-512, or AVX-NE-CONVERT, which processors have that came after it without AVX-512
+    (`IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow's util.cc). Other architectures have other ones.
     """
     flags = _field("flags") if is_x86_64() else None
     return flags is None or not {"avx512bw", "avx_ne_convert"}.isdisjoint(flags.split())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perceiver.processor import cpu_name as cpu_name
-from perceiver.processor import has_16_bit_kernels
+from perceiver.processor import has_bfloat16_kernels
 
 Precision = Literal["float32", "mixed_bfloat16", "mixed_float16"]
 CHECK_SECONDS = 60.0
@@ -108,11 +108,12 @@ def precision_advice(precision: str, use_gpu: bool, is_perceiver: bool) -> str:
 
     Args:
         precision: A Keras dtype policy.
-        is_perceiver: Whether the model is one, which avoids what is slow on processors; see perceiver.implementations.
         use_gpu: Whether the process computes on its GPU, which `set_up_tensorflow` or `require_gpu` has found.
+        is_perceiver: Whether the model is a Perceiver, which avoids what is slow on processors in 16 bits
+            (`perceiver.implementations`).
     """
     if not use_gpu:
-        if precision == "float32" or is_perceiver or has_16_bit_kernels():
+        if precision == "float32" or is_perceiver or has_bfloat16_kernels():
             return ""
         return (
             f"train.precision = {precision} is slow on {cpu_name()}, which has no AVX-512, above all in the "

@@ -243,7 +243,7 @@ def test_a_precision_that_a_processor_is_slow_at_is_mentioned(
 
 def test_a_worker_says_that_its_processor_is_slow_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
-    monkeypatch.setattr(devices, "has_16_bit_kernels", lambda: False)
+    monkeypatch.setattr(devices, "has_bfloat16_kernels", lambda: False)
     monkeypatch.setattr(in_process, "set_up_tensorflow", lambda *_, **__: None)
     monkeypatch.setattr("pipeline.training.fit.fit", lambda *_: happened.append("trained"))
     config = TrainingConfig(precision="mixed_bfloat16")

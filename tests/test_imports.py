@@ -125,6 +125,8 @@ LIGHT_MODULES = (
     "pipeline.settings.presets",
     "pipeline.settings.command_line",
 )
+# A process of the search chooses TensorFlow's kernels in its environment, which TensorFlow reads when it is imported.
+WITHOUT_TENSORFLOW = ("tune.trial_process", "pipeline.tasks.trial")
 Import = tuple[int, str, str]
 
 
@@ -333,6 +335,13 @@ def test_settings_load_no_heavy_library() -> None:
     code += f"    print(module, *sorted({set(HEAVY)} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == list(LIGHT_MODULES)
+
+
+def test_a_process_of_the_search_starts_without_tensorflow() -> None:
+    code = f"import sys\nfor module in {WITHOUT_TENSORFLOW}:\n    __import__(module)\n"
+    code += "print(*sorted({'tensorflow', 'keras'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
 
 
 if __name__ == "__main__":

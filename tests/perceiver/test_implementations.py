@@ -20,7 +20,7 @@ _IMAGES = _RANDOM.normal(size=(64, 8, 8, 3)).astype("float32")
 
 @pytest.fixture(autouse=True)
 def processor_of_any_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "has_16_bit_kernels", lambda: True)
+    monkeypatch.setattr(module, "has_bfloat16_kernels", lambda: True)
 
 
 def results(layer: keras.layers.Layer, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def test_convolutions_in_float32_are_as_exact_as_those_in_16_bits(policy: str) -
 
 
 def test_the_choice_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "has_16_bit_kernels", lambda: False)
+    monkeypatch.setattr(module, "has_bfloat16_kernels", lambda: False)
     assert implementations() == Implementations(convolution="float32")
     monkeypatch.setattr(module, "_device", lambda: "gpu")
     assert implementations() == Implementations()
