@@ -100,7 +100,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     from pipeline.driver.resources import connect
     from pipeline.driver.window import check_window
     from pipeline.storage import open_storage
-    from pipeline.tasks.new_process import new_word
+    from pipeline.tasks.new_process import new_call_id
     from pipeline.tasks.own_model import own_model_tasks
     from pipeline.workflow.lease import Lease
     from pipeline.workflow.run import Run
@@ -108,8 +108,8 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     from pipeline.workflow.task import TaskFailed
 
     check_window(config)
-    word = new_word()
-    run = Run(own_model_tasks(model, word), config, open_storage(config.storage))
+    call_id = new_call_id()
+    run = Run(own_model_tasks(model, call_id), config, open_storage(config.storage))
     told: set[tuple[str, int]] = set()
     with Progress(config) as progress, contextlib.ExitStack() as ended:
 
@@ -126,7 +126,7 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
                 progress.cached(manifests)
                 if connect(config, run.storage, progress.say):
                     ended.callback(outlive_terminal(progress))
-                _check_workers_have(model, word, progress.say)
+                _check_workers_have(model, call_id, progress.say)
                 with StopOnSignal(signal.SIGTERM, signal.SIGINT) as stop:
                     try:
                         manifests = run_tasks(run, run.tasks, stop, [progress], lease.check, progress.say)
@@ -139,13 +139,13 @@ def train_own_model(config: PipelineConfig, model: OwnModel) -> dict[str, Any]:
     return {name: manifests[name]["output"] for name in ("train", "evaluate")}
 
 
-def _check_workers_have(model: OwnModel, word: str, say: Callable[[str], None] = lambda text: None) -> None:
+def _check_workers_have(model: OwnModel, call_id: str, say: Callable[[str], None] = lambda text: None) -> None:
     """Raises a ValueError if what builds `model` cannot be sent to Ray's workers, is not there, or is another there."""
     from pipeline.tasks.own_model import sealed
     from pipeline.workflow.nodes import ask_every_node
 
     key = model.key()
-    for node, reason in ask_every_node(_why_not_loaded_anew, word, sealed(model, key), say=say):
+    for node, reason in ask_every_node(_why_not_loaded_anew, call_id, sealed(model, key), say=say):
         if reason:
             raise ValueError(
                 f"the builder {model.name} of the module {model.builder.__module__} cannot be imported by Ray's "
@@ -155,10 +155,10 @@ def _check_workers_have(model: OwnModel, word: str, say: Callable[[str], None] =
             )
 
 
-def _why_not_loaded_anew(word: str, model: OwnModel) -> str:
+def _why_not_loaded_anew(call_id: str, model: OwnModel) -> str:
     from pipeline.tasks.new_process import call_in_new_process
 
-    return str(call_in_new_process(word, why_not_loaded, model))
+    return str(call_in_new_process(call_id, why_not_loaded, model))
 
 
 def why_not_loaded(model: OwnModel) -> str:

@@ -16,6 +16,7 @@ import ray
 
 from pipeline.own_model import OwnModel, _check_workers_have, train_own_model, why_not_loaded
 from pipeline.settings.command_line import parse
+from pipeline.tasks.new_process import new_call_id
 from pipeline.tasks.own_model import sealed
 from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 
@@ -129,7 +130,7 @@ def test_a_module_that_fails_or_is_another_one_in_a_worker_is_named(
 def test_a_builder_that_cannot_be_sent_to_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locked_model, "__module__", "__main__")
     with pytest.raises(ValueError, match=r"builder locked_model uses something that cannot be sent.*lock.*: make it"):
-        _check_workers_have(OwnModel(locked_model), "word")
+        _check_workers_have(OwnModel(locked_model), new_call_id())
 
 
 LOCK = threading.Lock()

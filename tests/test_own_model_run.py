@@ -17,7 +17,7 @@ from pipeline.own_model import OwnModel, train_own_model
 from pipeline.settings.command_line import parse
 from pipeline.settings.config import PipelineConfig
 from pipeline.storage import Storage
-from pipeline.tasks.new_process import VARIABLE, call_in_new_process, new_word
+from pipeline.tasks.new_process import VARIABLE, call_in_new_process, new_call_id
 from pipeline.tasks.own_model import own_model_tasks
 from pipeline.workers.ray_internals import POLL_SECONDS_VARIABLE
 from pipeline.workflow.run import Run, recorded_keys
@@ -80,7 +80,7 @@ def test_on_a_cluster_that_stays_the_run_outlives_its_terminal(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_new_word_gets_a_process_that_nobody_has_used() -> None:
+def test_a_new_call_gets_a_process_that_nobody_has_used() -> None:
     def look() -> tuple[int, str | None, bool]:
         was_used = hasattr(sys, "was_used")
         sys.was_used = True  # type: ignore[attr-defined]
@@ -90,16 +90,32 @@ def test_a_new_word_gets_a_process_that_nobody_has_used() -> None:
         raise LookupError("no such thing")
 
     @ray.remote(num_cpus=0)
-    def task(word: str, function: Any) -> Any:
-        return call_in_new_process(word, function)
+    def task(call_id: str, function: Any) -> Any:
+        return call_in_new_process(call_id, function)
 
-    words = [new_word(), new_word()]
-    found = [ray.get(task.remote(word, look)) for word in words]
-    assert [(word, was_used) for _, word, was_used in found] == [(word, False) for word in words]
+    call_ids = [new_call_id(), new_call_id()]
+    found = [ray.get(task.remote(call_id, look)) for call_id in call_ids]
+    assert [(call_id, was_used) for _, call_id, was_used in found] == [(call_id, False) for call_id in call_ids]
     assert found[0][0] != found[1][0]
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
-        ray.get(task.remote(words[0], fail))
+        ray.get(task.remote(call_ids[0], fail))
     assert type(raised.value.cause) is LookupError, "the error itself, as of a function that is called here"
+
+
+def output_of(script: Path, code: str) -> str:
+    """What a script prints that runs in its folder, on the cluster of the tests, until it ends well."""
+    script.write_text(code)
+    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=script.parent,
+        env=os.environ | cluster,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 NET = """
@@ -159,19 +175,12 @@ except TaskFailed as failed:
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_file_that_is_edited_between_or_within_runs_of_a_notebook(tmp_path: Path) -> None:
     """Ray uses the processes of the first run again, in which the module is as it was then."""
-    script = tmp_path / "notebook.py"
-    script.write_text(NOTEBOOK.format(NET=NET))
-    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=600
-    )
-    said = done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.returncode == 0, said
+    said = output_of(tmp_path / "notebook.py", NOTEBOOK.format(NET=NET))
     parameters = [64 * width + width + width * 10 + 10 for width in (3, 4)]
-    assert f"parameters {parameters[0]} {parameters[1]}" in done.stdout, said
+    assert f"parameters {parameters[0]} {parameters[1]}" in said
     message = f"failed train: {tmp_path}/of_notebook.py has changed since this run began: undo the change"
-    assert message in done.stdout, said
-    assert done.stdout.count("epoch 1/1: ") == 2, said
+    assert message in said
+    assert said.count("epoch 1/1: ") == 2
 
 
 ALONE = """
@@ -200,12 +209,5 @@ except TaskFailed as failed:
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_others_do_not_wait_for_a_worker_that_cannot_build_the_model(tmp_path: Path) -> None:
-    script = tmp_path / "alone.py"
-    script.write_text(ALONE)
-    cluster = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, POLL_SECONDS_VARIABLE: "0.5"}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=os.environ | cluster, capture_output=True, text=True, timeout=300
-    )
-    said = done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.returncode == 0, said
-    assert "failed train: the builder build failed: OSError: no such file on this host" in done.stdout, said
+    said = output_of(tmp_path / "alone.py", ALONE)
+    assert "failed train: the builder build failed: OSError: no such file on this host" in said

@@ -13,18 +13,18 @@ from pipeline.training.own_model import OwnModel
 from pipeline.workflow.task import Task
 
 
-def own_model_tasks(model: OwnModel, word: str = "") -> tuple[Task[PipelineConfig], ...]:
+def own_model_tasks(model: OwnModel, call_id: str = "") -> tuple[Task[PipelineConfig], ...]:
     """The data's tasks as for a Perceiver, so that their outputs are shared; then `train` and `evaluate` of `model`.
 
     Args:
         model: The model.
-        word: That of `new_process.new_word` for this call of the tasks.
+        call_id: Id of this call, of `new_process.new_call_id`.
 
     Raises:
         ValueError: as `OwnModel.key` and `sealed`.
     """
     key = model.key()
-    by_name, steps = {task.name: task for task in TASKS}, _Steps(sealed(model, key), word)
+    by_name, steps = {task.name: task for task in TASKS}, _Steps(sealed(model, key), call_id)
     return (
         by_name["ingest"],
         by_name["preprocess"],
@@ -61,11 +61,11 @@ class _Steps:
 
     Attributes:
         model: The model, sealed, without the data's shape and statistics.
-        word: That of the processes that import it, besides those that train, which are always new.
+        call_id: Id of the call, for processes that import the model; those that train are always new.
     """
 
     model: OwnModel
-    word: str
+    call_id: str
 
     def train(self, context: Context) -> dict[str, Any]:
         return train_model(context, self.model.for_data(context.inputs["preprocess"]), context.config.train)
@@ -73,7 +73,7 @@ class _Steps:
     def evaluate(self, context: Context) -> dict[str, Any]:
         from pipeline.tasks.new_process import call_in_new_process
 
-        return call_in_new_process(self.word, _evaluate, self.model.for_data(context.inputs["preprocess"]), context)
+        return call_in_new_process(self.call_id, _evaluate, self.model.for_data(context.inputs["preprocess"]), context)
 
 
 def _evaluate(own: OwnModel, context: Context) -> dict[str, Any]:
