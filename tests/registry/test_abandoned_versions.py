@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_versions import LIMITS, champion, open_tracker, register_shapes
+from registered_shapes import LIMITS, champion, open_tracker, register_shapes
 
 from pipeline.registry.evidence import ROWS_FILE
 from pipeline.registry.versions import ABANDONED_SECONDS, CHALLENGER

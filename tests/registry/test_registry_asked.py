@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_versions import champion, open_tracker, register_shapes
+from registered_shapes import champion, open_tracker, register_shapes
 
 from pipeline.registry.evidence import ROWS_FILE
 from pipeline.registry.fetch import fetch, is_registered, registered_uris, resolve

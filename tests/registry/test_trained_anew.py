@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow.models import Model
-from test_versions import open_tracker, register_shapes
+from registered_shapes import open_tracker, register_shapes
 
 from perceiver import presets
 from pipeline.registry import register_trained

@@ -8,31 +8,19 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from mlflow.models import Model
+from registered_shapes import PROJECT, champion, open_tracker, register_shapes
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from pipeline.registry.config import PromotionConfig
-from pipeline.registry.promotion import Evidence
-from pipeline.registry.versions import CHALLENGER, register
+from pipeline.registry.versions import CHALLENGER
 from pipeline.tracking.errors import TrackingError, is_transient, retry_transient
 from pipeline.tracking.tracker import Tracker
-
-PROJECT = Path(__file__).parents[2]
-LIMITS = PromotionConfig(max_calibration_error=0.1, max_latency_ms=100.0)
-ROWS = 1000
-
-
-def open_tracker(folder: Path) -> Tracker:
-    return Tracker(f"sqlite:///{folder}/mlflow.db", "shapes", f"{folder}/mlartifacts")
 
 
 @pytest.fixture(scope="module")
@@ -50,46 +38,6 @@ def tracker(folder: Path) -> Tracker:
 def name() -> str:
     """Name of a registered model that no other test uses."""
     return uuid.uuid4().hex
-
-
-def export(folder: Path, known: Model, hits: int) -> None:
-    """Writes a model without a flavour, which is enough for the registry."""
-    known.metadata = {"hits": hits}
-    known.save(str(folder / "MLmodel"))
-
-
-def register_shapes(
-    tracker: Tracker,
-    name: str,
-    identity: str,
-    hits: int = 700,
-    *,
-    digest: str = "d" * 64,
-    error: float = 0.02,
-    latency: float = 5,
-    label_names: Sequence[str] = ("circle", "square"),
-    alias: str = "champion",
-    promotion: PromotionConfig = LIMITS,
-    trained: str | None = None,
-) -> dict[str, str]:
-    """Registers a model that classifies the first `hits` of 1,000 rows correctly; `trained` is the digest of its file.
-
-    The description of the model has the hits as its metadata.
-    """
-    return register(
-        tracker,
-        name=name,
-        identity=f"{name}/{identity}",
-        run_id=tracker.find_or_create_run("register", f"{name}/{identity}"),
-        export=partial(export, hits=hits),
-        evidence=Evidence(digest, np.arange(ROWS), np.arange(ROWS) < hits, error, latency),
-        label_names=label_names,
-        promotion=promotion,
-        digest=trained,
-        champion=alias,
-        tags={"dataset.sha256": "a" * 64},
-        description="Shapes.",
-    )
 
 
 def test_names_of_classes_that_no_tag_can_hold(tracker: Tracker, name: str) -> None:
@@ -119,10 +67,6 @@ def test_a_version_is_decided_anew_for_another_alias(tracker: Tracker, name: str
     # A version that was registered before the tag counts as decided for the alias that is asked for.
     tracker.client.delete_model_version_tag(name, "2", "promotion.alias")
     assert register_shapes(tracker, name, "second", alias="staging")["alias"] == "challenger"
-
-
-def champion(tracker: Tracker, name: str) -> int:
-    return int(tracker.client.get_model_version_by_alias(name, "champion").version)
 
 
 def run_python(code: str, *arguments: object) -> subprocess.Popen:
@@ -166,7 +110,7 @@ def test_of_two_processes_at_once_the_best_is_champion(
         import sys, time
         from pathlib import Path
         from pipeline.tracking.errors import retry_transient
-        from tests.registry.test_versions import open_tracker, register_shapes
+        from tests.registry.registered_shapes import open_tracker, register_shapes
         meeting, name, number, hits = Path(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
         tracker = open_tracker(Path(sys.argv[1]))
         (meeting / f"ready{number}").touch()
@@ -264,7 +208,7 @@ def test_a_killed_registration_is_resumed_to_one_version(folder: Path, tracker: 
     code = """
         import os, signal, sys
         from pathlib import Path
-        from tests.registry.test_versions import open_tracker, register_shapes
+        from tests.registry.registered_shapes import open_tracker, register_shapes
         folder, name, step = sys.argv[1:]
         tracker = open_tracker(Path(folder))
         work = getattr(tracker.client, step)

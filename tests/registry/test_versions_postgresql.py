@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from postgresql_server import postgresql
-from test_versions import PROJECT, champion, register_shapes
+from registered_shapes import PROJECT, champion, register_shapes
 from tracking_server import TrackingServer
 
 from pipeline.tracking.tracker import Tracker
@@ -54,7 +54,7 @@ def test_of_two_processes_at_once_the_best_is_champion(server: TrackingServer, t
         import sys, time
         from pathlib import Path
         sys.path.append("tests/registry")
-        from test_versions import register_shapes
+        from registered_shapes import register_shapes
         from pipeline.tracking.errors import retry_transient
         from pipeline.tracking.tracker import Tracker
         uri, meeting, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
